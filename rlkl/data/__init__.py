@@ -1,0 +1,1 @@
+"""Annotation and prompt formats: import, export, spans to tokens."""

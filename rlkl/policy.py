@@ -1,0 +1,272 @@
+"""The one policy/reference wrapper: every log-prob, KL and value of a run comes from its ``forward``.
+
+Rows are laid out as prompt, completion, right padding, so a causal model needs no mask and padding cannot
+change anything. Only completion positions pass the vocabulary head, ``head_chunk`` at a time and recomputed in
+the backward pass, so no ``[B, T, V]`` fp32 tensor exists.
+"""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rlkl.types import Need, PolicyOutput, Rollout
+
+Fields = dict[str, Tensor]
+
+
+@dataclass
+class DecodeState:
+    """Decoding in progress: left-padded prompts, then one new token a row and step."""
+
+    input_BS: Tensor
+    attention_BS: Tensor
+    position_BS: Tensor
+    temperature: float
+    cache: Any = None
+
+    @classmethod
+    def start(cls, prompt_BP: Tensor, length_B: Tensor, temperature: float) -> "DecodeState":
+        """Left-pad right-padded prompts."""
+        width = prompt_BP.shape[1]
+        shift_BP = torch.arange(width, device=prompt_BP.device) - (width - length_B[:, None])
+        seen_BP = shift_BP >= 0
+        ids_BP = prompt_BP.gather(1, shift_BP.clamp(min=0)) * seen_BP
+        return cls(ids_BP, seen_BP.long(), shift_BP.clamp(min=0), temperature)
+
+    def append(self, token_B: Tensor) -> None:
+        """Go on with the sampled tokens."""
+        ones_B1 = torch.ones_like(self.attention_BS[:, :1])
+        self.attention_BS = torch.cat([self.attention_BS, ones_B1], 1)
+        self.position_BS = self.position_BS[:, -1:] + 1
+        self.input_BS = token_B[:, None]
+
+
+class Policy(nn.Module):
+    """A causal LM, its frozen reference and an optional value head on its trunk.
+
+    The reference is a snapshot of the model as given, so KL = 0 at the start, bit for bit. ``model`` is any
+    causal LM of transformers; where hidden states times the output embedding are not its logits
+    (soft-capping, scaled logits, no such matrix) its own forward is used.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        value_head: bool = False,
+        head_chunk: int = 1024,
+        reference: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        prepare_model(model)
+        self.model = model
+        self.reference = copy.deepcopy(model) if reference is None else reference
+        prepare_model(self.reference)
+        self.reference.requires_grad_(False)
+        self.head_chunk = head_chunk
+        self.value_head: nn.Linear | None = None
+        if value_head:
+            hidden = getattr(model.config, "hidden_size", None)
+            if hidden is None:
+                raise ValueError(
+                    f"{type(model).__name__}: no hidden states for a value head; use another baseline"
+                )
+            first = next(model.parameters())
+            self.value_head = nn.Linear(hidden, 1, device=first.device, dtype=torch.float32)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+        self.chunked = head_agrees(model)
+        if self.value_head is not None and not self.chunked:
+            raise ValueError(
+                f"{type(model).__name__}: the value head needs the trunk's hidden states, but this model's logits "
+                "are not its output embedding times them; use another baseline"
+            )
+
+    def forward(self, inputs: Rollout | DecodeState, need: Iterable[Need] = ()) -> PolicyOutput:
+        """Train-time quantities of a rollout, or the next-token log-probs of a decoding.
+
+        Args:
+            inputs: a rollout, or a decoding, whose cache is moved on.
+            need: which fields of the output to compute, for a rollout.
+        """
+        if isinstance(inputs, DecodeState):
+            return self._next(inputs)
+        return self._score(inputs, frozenset(need))
+
+    def _next(self, state: DecodeState) -> PolicyOutput:
+        out = self.model(
+            input_ids=state.input_BS,
+            attention_mask=state.attention_BS,
+            position_ids=state.position_BS,
+            past_key_values=state.cache,
+            use_cache=True,
+            **({"logits_to_keep": 1} if self.chunked else {}),
+        )
+        state.cache = out.past_key_values
+        logits_BV = widen(out.logits[:, -1]) / state.temperature
+        return PolicyOutput(next_logp_BV=logits_BV.log_softmax(-1))
+
+    def _score(self, rollout: Rollout, need: frozenset[str]) -> PolicyOutput:
+        input_BS, at_BT, real_BT = layout(rollout)
+        token_N = rollout.tokens_BT[real_BT]
+        shape = real_BT.shape
+        fields: Fields = {}
+        hidden_BSD = None
+        if need & {"logp", "entropy", "kl", "kl_forward", "value"}:
+            hidden_BSD = self._trunk(self.model, input_BS)
+        own = None if hidden_BSD is None else pick(hidden_BSD, at_BT, real_BT)
+        if need & {"ref_logp", "kl", "kl_forward"}:
+            with torch.no_grad():
+                ref = pick(self._trunk(self.reference, input_BS), at_BT, real_BT)
+        else:
+            ref = None
+        wanted = need - {"value"}
+        if wanted:
+            flat = self._heads(
+                own if wanted - {"ref_logp"} else None, ref, token_N, wanted, rollout.temperature
+            )
+            fields |= {f"{k}_BT": spread(v, real_BT, shape) for k, v in flat.items()}
+        if "value" in need:
+            assert self.value_head is not None and hidden_BSD is not None and own is not None
+            fields["value_BT"] = spread(self._value(own), real_BT, shape)
+            rows = torch.arange(shape[0], device=real_BT.device)
+            last_B = rollout.prompt_length_B + rollout.length_B - 1
+            fields["bootstrap_B"] = self._value(hidden_BSD[rows, last_B])
+        return PolicyOutput(**fields)
+
+    def _trunk(self, model: nn.Module, input_BS: Tensor) -> Tensor:
+        """Hidden states, or logits where the head cannot be taken apart."""
+        if self.chunked:
+            out: Tensor = model.base_model(input_ids=input_BS, use_cache=False).last_hidden_state
+            return out
+        logits: Tensor = model(input_ids=input_BS, use_cache=False).logits
+        return logits
+
+    def _value(self, hidden: Tensor) -> Tensor:
+        assert self.value_head is not None
+        value: Tensor = self.value_head(hidden.float()).squeeze(-1)
+        return value
+
+    def _heads(
+        self,
+        own_ND: Tensor | None,
+        ref_ND: Tensor | None,
+        token_N: Tensor,
+        need: frozenset[str],
+        temperature: float,
+    ) -> Fields:
+        """Run the vocabulary head over chunks of positions."""
+        parts: list[Fields] = []
+        for start in range(0, max(len(token_N), 1), self.head_chunk):
+            span = slice(start, start + self.head_chunk)
+            own = None if own_ND is None else own_ND[span]
+            ref = None if ref_ND is None else ref_ND[span]
+            args = (own, ref, token_N[span], need, temperature)
+            graph = torch.is_grad_enabled() and own is not None
+            parts.append(checkpoint(self._chunk, *args, use_reentrant=False) if graph else self._chunk(*args))
+        return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+
+    def _chunk(
+        self,
+        own: Tensor | None,
+        ref: Tensor | None,
+        token_N: Tensor,
+        need: frozenset[str],
+        temperature: float,
+    ) -> Fields:
+        fields: Fields = {}
+        logp_NV = None if own is None else self._log_softmax(self.model, own, temperature)
+        ref_NV = None
+        if ref is not None:
+            with torch.no_grad():
+                ref_NV = self._log_softmax(self.reference, ref, temperature)
+            if "ref_logp" in need:
+                fields["ref_logp"] = ref_NV.gather(1, token_N[:, None]).squeeze(1)
+        if logp_NV is not None:
+            if "logp" in need:
+                fields["logp"] = logp_NV.gather(1, token_N[:, None]).squeeze(1)
+            if "entropy" in need:
+                fields["entropy"] = -(logp_NV.exp() * logp_NV).sum(-1)
+            if "kl" in need and ref_NV is not None:
+                fields["kl"] = (logp_NV.exp() * (logp_NV - ref_NV)).sum(-1)
+            if "kl_forward" in need and ref_NV is not None:
+                fields["kl_forward"] = (ref_NV.exp() * (ref_NV - logp_NV)).sum(-1)
+        return fields
+
+    def _log_softmax(self, model: nn.Module, x_ND: Tensor, temperature: float) -> Tensor:
+        logits_NV = model.get_output_embeddings()(x_ND) if self.chunked else x_ND
+        return (widen(logits_NV) / temperature).log_softmax(-1)
+
+
+def widen(x: Tensor) -> Tensor:
+    """At least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def layout(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows as prompt + completion + right padding.
+
+    Returns:
+        ``input_BS``; ``at_BT``, the position whose next-token law is that of completion token t; ``real_BT``.
+    """
+    width = int((rollout.prompt_length_B + rollout.length_B).max())
+    steps_S = torch.arange(width, device=rollout.tokens_BT.device)
+    prompt_B1, total_B1 = (
+        rollout.prompt_length_B[:, None],
+        (rollout.prompt_length_B + rollout.length_B)[:, None],
+    )
+    from_prompt = rollout.prompt_BP.gather(
+        1, steps_S.clamp(max=rollout.prompt_BP.shape[1] - 1).expand(len(rollout), -1)
+    )
+    offset_BS = (steps_S - prompt_B1).clamp(0, rollout.tokens_BT.shape[1] - 1)
+    input_BS = torch.where(steps_S < prompt_B1, from_prompt, rollout.tokens_BT.gather(1, offset_BS))
+    input_BS = input_BS * (steps_S < total_B1)
+    steps_T = torch.arange(rollout.tokens_BT.shape[1], device=steps_S.device)
+    real_BT = steps_T < rollout.length_B[:, None]
+    return input_BS, (prompt_B1 - 1 + steps_T).clamp(max=width - 1), real_BT
+
+
+def pick(x_BSD: Tensor, at_BT: Tensor, real_BT: Tensor) -> Tensor:
+    """The ``[N, D]`` rows of real completion positions."""
+    row_BT = torch.arange(len(x_BSD), device=x_BSD.device)[:, None].expand_as(at_BT)
+    return x_BSD[row_BT[real_BT], at_BT[real_BT]]
+
+
+def spread(x_N: Tensor, real_BT: Tensor, shape: torch.Size) -> Tensor:
+    """Back to ``[B, T]``, zero where there is no token."""
+    return x_N.new_zeros(shape).masked_scatter(real_BT, x_N)
+
+
+def prepare_model(model: nn.Module) -> None:
+    """Switch dropout off by its probability and clear padding indices, in place.
+
+    ``.eval()`` would also switch gradient checkpointing off; a padding index would freeze the row of a pad
+    token that is also EOS.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None
+        for name, value in vars(module).items():
+            if isinstance(value, float) and (
+                "dropout" in name or (name == "p" and isinstance(module, nn.Dropout))
+            ):
+                setattr(module, name, 0.0)
+
+
+@torch.no_grad()
+def head_agrees(model: nn.Module) -> bool:
+    """Whether output embedding times last hidden state gives the model's own logits."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None or model.base_model is model:
+        return False
+    device = next(model.parameters()).device
+    size = int(model.config.get_text_config().vocab_size)
+    ids = torch.arange(8, device=device)[None] * 7919 % size
+    own = model(input_ids=ids, use_cache=False).logits
+    ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    return own.shape == ours.shape and torch.allclose(own, ours, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,129 @@
+"""Prompts to a Rollout: our own decode loop, with counter-based randomness.
+
+Token t of sample i at step s is the inverse CDF of the uniform u(seed, stream, s, i, t), which depends on
+nothing else: not on rank, padding, batch or the other samples.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlkl.policy import DecodeState, Policy
+from rlkl.types import End, Rollout
+
+TRAIN, EVALUATE = 0, 1  # streams of randomness
+
+
+def uniforms(seed: int, stream: int, step: int, sample_id_B: Tensor, length: int) -> Tensor:
+    """``u[i, t]`` in [0, 1), float64, ``[B, T]``: Philox keyed by (seed, step), counted by (sample, token)."""
+    rows = [
+        np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, stream, i])).random(length)
+        for i in sample_id_B.tolist()
+    ]
+    return torch.from_numpy(np.stack(rows))
+
+
+def inverse_cdf(logp_BV: Tensor, u_B: Tensor) -> Tensor:
+    """The first token whose cumulated probability exceeds u; never one of probability zero."""
+    cdf_BV = logp_BV.double().exp().cumsum(-1)
+    target_B1 = u_B[:, None] * cdf_BV[:, -1:]
+    return torch.searchsorted(cdf_BV, target_B1, right=True).squeeze(1).clamp(max=logp_BV.shape[1] - 1)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Tokenised prompts, one entry a prompt, with what reward functions get to see beside them."""
+
+    ids: Sequence[Sequence[int]]
+    group: Sequence[int]
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    decode: Callable[[list[int]], str] | None = None
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    prompts: Prompts,
+    *,
+    samples_per_prompt: int,
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    seed: int,
+    step: int,
+    stream: int = TRAIN,
+    temperature: float = 1.0,
+    micro_batch: int = 256,
+) -> Rollout:
+    """G completions a prompt, with the log-probs (nats, at ``temperature``) under which they were drawn.
+
+    A completion ends with the first of ``eos_ids``, kept as a policy token (``End.EOS``), or after
+    ``max_new_tokens`` (``End.LIMIT``). Sample i of the step is the (i mod G)-th of its prompt.
+    """
+    repeat = [p for p in range(len(prompts.ids)) for _ in range(samples_per_prompt)]
+    device = next(policy.parameters()).device
+    prompt_BP, prompt_length_B = pad([prompts.ids[p] for p in repeat])
+    sample_id_B = torch.tensor(
+        [prompts.group[p] * samples_per_prompt + k % samples_per_prompt for k, p in enumerate(repeat)]
+    )
+    u_BT = uniforms(seed, stream, step, sample_id_B, max_new_tokens)
+    tokens, logps = [], []
+    for rows in torch.arange(len(repeat)).split(micro_batch):
+        state = DecodeState.start(prompt_BP[rows].to(device), prompt_length_B[rows].to(device), temperature)
+        token_BT, logp_BT = _decode(policy, state, u_BT[rows].to(device), eos_ids)
+        tokens.append(token_BT.cpu())
+        logps.append(logp_BT.cpu())
+    tokens_BT, logp_BT = torch.cat(tokens), torch.cat(logps)
+    ended_BT = torch.isin(tokens_BT, torch.tensor(list(eos_ids), dtype=torch.long))
+    first_B = torch.where(ended_BT.any(1), ended_BT.int().argmax(1) + 1, max_new_tokens)
+    width = int(first_B.max())
+    mask_BT = torch.arange(width) < first_B[:, None]
+    return Rollout(
+        prompt_BP=prompt_BP,
+        prompt_length_B=prompt_length_B,
+        tokens_BT=tokens_BT[:, :width] * mask_BT,
+        length_B=first_B,
+        policy_mask_BT=mask_BT,
+        end_B=torch.where(ended_BT.any(1), int(End.EOS), int(End.LIMIT)),
+        behaviour_logp_BT=logp_BT[:, :width] * mask_BT,
+        temperature=temperature,
+        group_B=torch.tensor([prompts.group[p] for p in repeat]),
+        sample_id_B=sample_id_B,
+        columns={name: [values[p] for p in repeat] for name, values in prompts.columns.items()},
+        decode=prompts.decode,
+    ).to(device)
+
+
+def _decode(
+    policy: Policy, state: DecodeState, u_BT: Tensor, eos_ids: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Decode until every row has ended; what a row holds after its EOS means nothing."""
+    rows, length = u_BT.shape
+    token_BT = torch.zeros(rows, length, dtype=torch.long, device=u_BT.device)
+    logp_BT = torch.zeros(rows, length, device=u_BT.device)
+    eos = torch.tensor(list(eos_ids), dtype=torch.long, device=u_BT.device)
+    done_B = torch.zeros(rows, dtype=torch.bool, device=u_BT.device)
+    for t in range(length):
+        logp_BV = policy(state).get("next_logp_BV")
+        token_B = inverse_cdf(logp_BV, u_BT[:, t])
+        if t == 0:
+            logp_BT = logp_BT.to(logp_BV.dtype)
+        token_BT[:, t] = token_B
+        logp_BT[:, t] = logp_BV.gather(1, token_B[:, None]).squeeze(1)
+        done_B |= torch.isin(token_B, eos)
+        if bool(done_B.all()):
+            break
+        state.append(token_B)
+    return token_BT, logp_BT
+
+
+def pad(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Right-padded ids ``[B, P]`` and lengths ``[B]``."""
+    length_B = torch.tensor([len(row) for row in ids])
+    padded = torch.zeros(len(ids), int(length_B.max()), dtype=torch.long)
+    for i, row in enumerate(ids):
+        padded[i, : len(row)] = torch.tensor(list(row))
+    return padded, length_B

@@ -1,0 +1,130 @@
+"""YAML files and ``a.b=value`` overrides to a validated :class:`rlkl.config.Config`. Torch-free."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from yaml import YAMLError
+
+from rlkl.config import Config
+
+
+def load(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
+    """A configuration from a YAML file, a mapping or a ``Config``, with ``key.sub=value`` overrides.
+
+    Raises:
+        ValueError: one line a mistake, each with the key, what is wrong and what to write instead.
+    """
+    if isinstance(source, Config):
+        source = source.model_dump(mode="json", by_alias=True)
+    tree = OmegaConf.create(dict(source)) if isinstance(source, Mapping) else _read(Path(source))
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(OmegaConf.to_container(tree, resolve=True))
+    except OmegaConfBaseException as error:
+        raise ValueError(str(error).splitlines()[0]) from None
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(e) for e in error.errors())) from None
+
+
+def _read(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such configuration file; see configs/ for examples")
+    try:
+        tree = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, DictConfig):
+        raise ValueError(f"{path}: holds a {type(tree).__name__}; a configuration is a mapping of sections")
+    return tree
+
+
+def _apply(tree: DictConfig, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"{override}: an override reads key.sub=value, for example kl.beta=0.1")
+    try:
+        value = OmegaConf.from_dotlist([f"value={text}"]).value
+    except (YAMLError, OmegaConfBaseException):
+        value = text
+    parent, _, leaf = key.rpartition(".")
+    try:
+        old = OmegaConf.select(tree, key)
+        if leaf == "type" and old is not None and old != value:
+            OmegaConf.update(tree, parent, {}, merge=False)  # the other keys belonged to the old type
+        OmegaConf.update(tree, key, value, merge=False, force_add=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{override}: {str(error).splitlines()[0]}") from None
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as ``key: what is wrong, what to do``."""
+    where, model = _locate(error["loc"])
+    key = ".".join(where) or "configuration"
+    kind, given = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        known = [f.alias or n for n, f in model.model_fields.items()]
+        close = difflib.get_close_matches(where[-1], known, n=1)
+        prefix = "".join(f"{part}." for part in where[:-1])
+        hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(known)}"
+        return f"{key}: unknown key, {hint}"
+    if kind == "missing":
+        return f"{key}: missing; this key has no default"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        tags = error["ctx"].get("expected_tags")
+        return f"{key}.type: {'missing' if tags is None else given.get('type')!s}; give " + (
+            f"one of {tags}" if tags else "the type of this section"
+        )
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:] if message.startswith(("Input", "String", "List")) else message
+    if kind == "value_error":
+        return message if key == "configuration" else f"{key}: {message}"
+    return f"{key}={given!r}: {message}"
+
+
+def _locate(loc: tuple[Any, ...]) -> tuple[list[str], type[BaseModel]]:
+    """The key path as written in YAML (without union tags) and the model that holds its last part."""
+    where: list[str] = []
+    model: Any = Config
+    for part in loc:
+        tagged = [m for m in _members(model) if _tag(m) == part]
+        if tagged and not _is_single(model):
+            model = tagged[0]
+            continue
+        where.append(str(part))
+        holder = model if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if holder is not None:
+            field = next((f for n, f in holder.model_fields.items() if part in (n, f.alias)), None)
+            if field is None:
+                break
+            model = field.annotation
+        else:
+            inner = [a for a in get_args(model) if a is not type(None)]
+            model = inner[-1] if inner else model
+        if len(_members(model)) == 1:
+            model = _members(model)[0]
+    members = _members(model)
+    return where, members[0] if members else Config
+
+
+def _members(annotation: Any) -> list[type[BaseModel]]:
+    """The section classes in an annotation such as ``A | B`` or ``Annotated[A | B, ...]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if str(annotation).startswith("dict["):
+        return []
+    return [m for arg in get_args(annotation) for m in _members(arg)]
+
+
+def _tag(model: type[BaseModel]) -> Any:
+    field = model.model_fields.get("type")
+    return get_args(field.annotation)[0] if field and get_args(field.annotation) else None
+
+
+def _is_single(annotation: Any) -> bool:
+    return isinstance(annotation, type)

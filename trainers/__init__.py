@@ -1,0 +1,8 @@
+"""What differs between objectives, and nothing else. Imported as ``rlkl.trainers`` only."""
+
+if __name__ != "rlkl.trainers":
+    raise ImportError(f"{__name__}: import this package as rlkl.trainers")
+
+from rlkl.trainers.reinforce import Reinforce
+
+TRAINERS = {"reinforce": Reinforce}
