@@ -1,3 +1,31 @@
 """rlkl: decide how to fine-tune a language model from feedback, and trust the comparison."""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+class RunError(RuntimeError):
+    """A run cannot go on (exit 1). What the user wrote wrong is a ValueError (exit 2)."""
+
+
+def train(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, overwrite: bool = False) -> Path:
+    """Train as a YAML file, a mapping or a ``rlkl.config.Config`` says; the Python face of ``rlkl train``.
+
+    Args:
+        config: a run's configuration.
+        overrides: ``key.sub=value`` strings, as on the command line.
+        overwrite: replace the run of this name.
+
+    Returns:
+        The run's folder: config.yaml, env.json, metrics.jsonl, samples.jsonl, curves.png, reference/, final/.
+
+    Raises:
+        ValueError: a mistake in the configuration, the data or the folder; nothing was written.
+        RunError: the run could not go on; its folder holds the traceback in error.txt.
+    """
+    from rlkl.loop import train as run
+
+    return run(config, overrides, overwrite=overwrite)

@@ -150,8 +150,7 @@ class CreditConfig(Section):
             )
         if self.advantage == "gae" and self.baseline != "value":
             raise ValueError(
-                f"advantage=gae with baseline={self.baseline}: GAE's baseline is the learned value; "
-                "set baseline=value"
+                f"advantage=gae with baseline={self.baseline}: GAE's baseline is the learned value; set baseline=value"
             )
         return self
 
@@ -159,9 +158,7 @@ class CreditConfig(Section):
 class KLConfig(Section):
     """The KL penalty (rlkl/kl.py)."""
 
-    beta: float = Field(
-        0.05, ge=0, description="reward per nat of a sequence's KL (of a token's, under a token mean)"
-    )
+    beta: float = Field(0.05, ge=0, description="reward per nat of a sequence's KL (of a token's, under a token mean)")
     placement: Literal["reward", "loss"] = "reward"
     estimator: Literal[
         "k1", "k2", "k3", "k2_sequence", "k1_ratio", "k3_ratio", "exact", "exact_local", "exact_forward"
@@ -198,9 +195,7 @@ class RolloutConfig(Section):
     samples_per_prompt: Positive = Field(4, description="completions a prompt")
     max_new_tokens: Positive = 64
     temperature: float = Field(1.0, gt=0, description="divides policy and reference logits alike")
-    micro_batch: Positive = Field(
-        256, description="completions sampled together; changes memory, not results"
-    )
+    micro_batch: Positive = Field(256, description="completions sampled together; changes memory, not results")
 
 
 class OptimiserConfig(Section):
@@ -220,9 +215,7 @@ class TrainConfig(Section):
     """The loop."""
 
     steps: Positive = 100
-    micro_batch: Positive = Field(
-        64, description="completions a forward/backward; changes memory, not results"
-    )
+    micro_batch: Positive = Field(64, description="completions a forward/backward; changes memory, not results")
     head_chunk: Positive = Field(
         1024, description="positions that pass the vocabulary head together; changes memory, not results"
     )
@@ -271,9 +264,7 @@ class Config(Section):
     def _check(self) -> Self:
         window = self.kl.resolved_window(self.credit.horizon)
         if self.credit.advantage == "gae" and self.kl.placement == "reward" and window != "full":
-            raise ValueError(
-                f"kl.window={window} with credit.advantage=gae: GAE has no window; use window=full"
-            )
+            raise ValueError(f"kl.window={window} with credit.advantage=gae: GAE has no window; use window=full")
         if self.credit.baseline in ("leave_one_out", "group_norm") and self.rollout.samples_per_prompt < 2:
             raise ValueError(
                 f"credit.baseline={self.credit.baseline} with rollout.samples_per_prompt=1: "
@@ -283,9 +274,7 @@ class Config(Section):
         if self.credit.baseline == "batch_mean" and batch < 2:
             raise ValueError("credit.baseline=batch_mean with 1 completion a step; sample 2 or more")
         if self.data.type == "facts" and self.model.type == "tiny":
-            raise ValueError(
-                "model.type=tiny with data.type=facts: facts has a base model; use model.type=facts"
-            )
+            raise ValueError("model.type=tiny with data.type=facts: facts has a base model; use model.type=facts")
         return self
 
 

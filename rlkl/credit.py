@@ -167,9 +167,7 @@ def assign(
     """
     mask_BT = rollout.policy_mask_BT
     if bool((rewards.scored_BT & ~mask_BT).any()) or bool((rewards.value_BT * ~mask_BT).any()):
-        raise ValueError(
-            "reward: a token that the policy did not write is rewarded; pay its last policy token"
-        )
+        raise ValueError("reward: a token that the policy did not write is rewarded; pay its last policy token")
     order_BT, kept_BT = compact(mask_BT)
     dense_BT = _condition(rewards.value_BT.double(), rewards, cfg)
     r_BT, scored_BT = dense_BT.gather(1, order_BT), rewards.scored_BT.gather(1, order_BT)
@@ -191,9 +189,7 @@ def assign(
         final_BT = kept_BT & (kept_BT.cumsum(-1) == kept_BT.sum(-1, keepdim=True))
         paid_BT = r_BT + cfg.gamma * last_B[:, None] * final_BT
         return_BT = discounted(paid_BT, cfg.gamma, cfg.horizon)
-        return_BT = return_BT - kl_returns(
-            u_BT, scored_BT, cfg.gamma, cfg.horizon, kl.resolved_window(cfg.horizon)
-        )
+        return_BT = return_BT - kl_returns(u_BT, scored_BT, cfg.gamma, cfg.horizon, kl.resolved_window(cfg.horizon))
         terminal = not bool(global_sum((scored_BT & ~final_BT).any().double()))
         hold = terminal and cfg.horizon is None
         adv_BT, ema = _subtract_baseline(return_BT * kept_BT, kept_BT, value_BT, rollout, cfg, ema, hold)

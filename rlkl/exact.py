@@ -33,7 +33,8 @@ def enumerate_completions(
     Raises:
         ValueError: there are more than 100,000 of them.
     """
-    open_, done = [()], []
+    open_: list[tuple[int, ...]] = [()]
+    done: list[tuple[int, ...]] = []
     for _ in range(length):
         grown = [(*prefix, token) for prefix in open_ for token in range(vocab_size)]
         done += [y for y in grown if y[-1] in eos_ids]
@@ -94,9 +95,7 @@ def soft_values(
     return _backup(atoms, ref_logp_NT, reward_NT, beta)
 
 
-def values(
-    atoms: Rollout, logp_NT: Float[Tensor, "N T"], reward_NT: Float[Tensor, "N T"]
-) -> Float[Tensor, "N T1"]:
+def values(atoms: Rollout, logp_NT: Float[Tensor, "N T"], reward_NT: Float[Tensor, "N T"]) -> Float[Tensor, "N T1"]:
     r"""Ordinary values :math:`V_t=E_\pi[\sum_{k\ge t} r_k\mid s_t]` along every atom, ``[N, T+1]``."""
     return _backup(atoms, logp_NT, reward_NT, None)
 
@@ -120,9 +119,7 @@ def _backup(atoms: Rollout, logp_NT: Tensor, reward_NT: Tensor, beta: float | No
         value_P = plain_P
         if beta is not None:
             best_P = q_C.new_full((parents,), -math.inf).scatter_reduce(0, parent_C, q_C, "amax")
-            mass_P = q_C.new_zeros(parents).index_add(
-                0, parent_C, (logp_C + (q_C - best_P[parent_C]) / beta).exp()
-            )
+            mass_P = q_C.new_zeros(parents).index_add(0, parent_C, (logp_C + (q_C - best_P[parent_C]) / beta).exp())
             ours_P = torch.zeros(parents, dtype=torch.bool)
             ours_P[parent_C] = atoms.policy_mask_BT[first_C, t]
             value_P = torch.where(ours_P, best_P + beta * mass_P.log(), plain_P)
@@ -138,9 +135,7 @@ class Estimate:
     trace_variance: float
 
 
-def estimator(
-    policy: Policy, atoms: Rollout, loss: Callable[[Rollout], Tensor], samples: int = 1
-) -> Estimate:
+def estimator(policy: Policy, atoms: Rollout, loss: Callable[[Rollout], Tensor], samples: int = 1) -> Estimate:
     """Exact mean and trace variance of ``grad loss(batch)`` over batches of i.i.d. samples of one prompt.
 
     Every multiset of ``samples`` atoms is visited, so ``loss`` must not depend on the order of the samples.

@@ -45,10 +45,11 @@ def rao_blackwell(
     r"""Sum of exact token KLs whose gradient is exact too (Amini et al. 2025, arXiv 2504.10637).
 
     :math:`\sum_t w_t KL(s_t) + \sum_t(\sum_{j>t} w_j KL(s_j))_{\mathrm{detached}}\log\pi_t`; the second
-    term has value zero here, so the returned value is the KL estimate itself.
+    term has value zero here, so the returned value is the KL estimate itself. Tokens of weight zero (written
+    by an environment) are in neither sum: their law is not the policy's to change.
     """
     token_BT = weight_BT * kl_BT
-    later_BT = token_BT.detach().flip(-1).cumsum(-1).flip(-1) - token_BT.detach()
+    later_BT = (token_BT.flip(-1).cumsum(-1).flip(-1) - token_BT).detach() * (weight_BT > 0)
     return token_BT.sum() + (later_BT * (logp_BT - logp_BT.detach())).sum()
 
 

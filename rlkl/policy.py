@@ -60,7 +60,7 @@ class Policy(nn.Module):
         *,
         value_head: bool = False,
         head_chunk: int = 1024,
-        reference: nn.Module | None = None,
+        reference: Any = None,
     ) -> None:
         super().__init__()
         prepare_model(model)
@@ -73,9 +73,7 @@ class Policy(nn.Module):
         if value_head:
             hidden = getattr(model.config, "hidden_size", None)
             if hidden is None:
-                raise ValueError(
-                    f"{type(model).__name__}: no hidden states for a value head; use another baseline"
-                )
+                raise ValueError(f"{type(model).__name__}: no hidden states for a value head; use another baseline")
             first = next(model.parameters())
             self.value_head = nn.Linear(hidden, 1, device=first.device, dtype=torch.float32)
             nn.init.zeros_(self.value_head.weight)
@@ -127,9 +125,7 @@ class Policy(nn.Module):
             ref = None
         wanted = need - {"value"}
         if wanted:
-            flat = self._heads(
-                own if wanted - {"ref_logp"} else None, ref, token_N, wanted, rollout.temperature
-            )
+            flat = self._heads(own if wanted - {"ref_logp"} else None, ref, token_N, wanted, rollout.temperature)
             fields |= {f"{k}_BT": spread(v, real_BT, shape) for k, v in flat.items()}
         if "value" in need:
             assert self.value_head is not None and hidden_BSD is not None and own is not None
@@ -139,7 +135,7 @@ class Policy(nn.Module):
             fields["bootstrap_B"] = self._value(hidden_BSD[rows, last_B])
         return PolicyOutput(**fields)
 
-    def _trunk(self, model: nn.Module, input_BS: Tensor) -> Tensor:
+    def _trunk(self, model: Any, input_BS: Tensor) -> Tensor:
         """Hidden states, or logits where the head cannot be taken apart."""
         if self.chunked:
             out: Tensor = model.base_model(input_ids=input_BS, use_cache=False).last_hidden_state
@@ -198,9 +194,10 @@ class Policy(nn.Module):
                 fields["kl_forward"] = (ref_NV.exp() * (ref_NV - logp_NV)).sum(-1)
         return fields
 
-    def _log_softmax(self, model: nn.Module, x_ND: Tensor, temperature: float) -> Tensor:
+    def _log_softmax(self, model: Any, x_ND: Tensor, temperature: float) -> Tensor:
         logits_NV = model.get_output_embeddings()(x_ND) if self.chunked else x_ND
-        return (widen(logits_NV) / temperature).log_softmax(-1)
+        logp_NV: Tensor = (widen(logits_NV) / temperature).log_softmax(-1)
+        return logp_NV
 
 
 def widen(x: Tensor) -> Tensor:
@@ -252,14 +249,12 @@ def prepare_model(model: nn.Module) -> None:
         if isinstance(module, nn.Embedding):
             module.padding_idx = None
         for name, value in vars(module).items():
-            if isinstance(value, float) and (
-                "dropout" in name or (name == "p" and isinstance(module, nn.Dropout))
-            ):
+            if isinstance(value, float) and ("dropout" in name or (name == "p" and isinstance(module, nn.Dropout))):
                 setattr(module, name, 0.0)
 
 
 @torch.no_grad()
-def head_agrees(model: nn.Module) -> bool:
+def head_agrees(model: Any) -> bool:
     """Whether output embedding times last hidden state gives the model's own logits."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None or model.base_model is model:

@@ -18,8 +18,8 @@ def global_sum(x: Tensor) -> Tensor:
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of ``x`` where ``mask``, over all ranks; 0 for an empty mask."""
-    total, count = global_sum(torch.stack([(x * mask).sum(), mask.sum().to(x.dtype)]))
-    return total / count.clamp(min=1)
+    sums = global_sum(torch.stack([(x * mask).sum(), mask.sum().to(x.dtype)]))
+    return sums[0] / sums[1].clamp(min=1)
 
 
 def masked_std(x: Tensor, mask: Tensor) -> Tensor:

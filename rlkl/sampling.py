@@ -43,6 +43,11 @@ class Prompts:
     columns: dict[str, list[Any]] = field(default_factory=dict)
     decode: Callable[[list[int]], str] | None = None
 
+    def first(self, count: int) -> "Prompts":
+        """The first ``count`` prompts, or all where there are fewer."""
+        columns = {name: values[:count] for name, values in self.columns.items()}
+        return Prompts(self.ids[:count], self.group[:count], columns, self.decode)
+
 
 @torch.no_grad()
 def sample(
@@ -71,7 +76,8 @@ def sample(
     )
     u_BT = uniforms(seed, stream, step, sample_id_B, max_new_tokens)
     tokens, logps = [], []
-    for rows in torch.arange(len(repeat)).split(micro_batch):
+    for start in range(0, len(repeat), micro_batch):
+        rows = slice(start, start + micro_batch)
         state = DecodeState.start(prompt_BP[rows].to(device), prompt_length_B[rows].to(device), temperature)
         token_BT, logp_BT = _decode(policy, state, u_BT[rows].to(device), eos_ids)
         tokens.append(token_BT.cpu())
@@ -97,9 +103,7 @@ def sample(
     ).to(device)
 
 
-def _decode(
-    policy: Policy, state: DecodeState, u_BT: Tensor, eos_ids: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def _decode(policy: Policy, state: DecodeState, u_BT: Tensor, eos_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Decode until every row has ended; what a row holds after its EOS means nothing."""
     rows, length = u_BT.shape
     token_BT = torch.zeros(rows, length, dtype=torch.long, device=u_BT.device)

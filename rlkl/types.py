@@ -22,10 +22,6 @@ import torch
 from torch import Tensor
 
 
-class RunError(RuntimeError):
-    """A run cannot go on (exit 1). What the user wrote wrong is a plain ValueError (exit 2)."""
-
-
 class End(IntEnum):
     """How a completion ended. EOS and STOP terminate the episode, LIMIT truncates it."""
 
@@ -56,7 +52,8 @@ class Rollout(_Rows):
     ``behaviour_logp_BT`` are the log-probs (nats, at ``temperature``) under which the tokens were drawn.
     ``group_B`` numbers the prompt of a sample, ``sample_id_B`` the sample; both are global over ranks.
     ``annotation_BT`` are human or labelled token weights; they may look ahead and only likelihood
-    trainers read them. ``columns`` are the prompt's other columns, one list entry a sample.
+    trainers read them. ``columns`` hold the prompt's text under ``prompt`` and its other columns, one list
+    entry a sample.
     """
 
     prompt_BP: Tensor
@@ -80,8 +77,9 @@ class Rollout(_Rows):
 
     def to(self, device: torch.device) -> "Rollout":
         """The same rollout with its tensors on ``device``."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, Tensor)})
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in held.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
     def completion_ids(self) -> list[list[int]]:
         """Token ids of every completion, without padding (a terminating EOS is kept)."""
@@ -94,12 +92,6 @@ class Rollout(_Rows):
         ends = self.end_B.tolist()
         rows = zip(self.completion_ids(), ends, strict=True)
         return [self.decode(ids[:-1] if end == End.EOS else ids) for ids, end in rows]
-
-    def prompts(self) -> list[str]:
-        """The prompts as text."""
-        assert self.decode is not None, "this rollout has no tokenizer"
-        pairs = zip(self.prompt_BP.tolist(), self.prompt_length_B.tolist(), strict=True)
-        return [self.decode(ids[:n]) for ids, n in pairs]
 
 
 @dataclass(frozen=True)

@@ -6,3 +6,5 @@ if __name__ != "rlkl.trainers":
 from rlkl.trainers.reinforce import Reinforce
 
 TRAINERS = {"reinforce": Reinforce}
+
+__all__ = ["TRAINERS", "Reinforce"]

@@ -20,19 +20,15 @@ class Reinforce:
     config: ReinforceTrainer
     credit: CreditConfig
 
-    sources = frozenset({"policy"})
-    epochs = 1
-    minibatches = 1
-
     @property
     def need(self) -> frozenset[Need]:
         """What the training forward must return."""
-        extra: set[Need] = set()
+        needed: set[Need] = {"logp"}
         if self.config.entropy_coef > 0:
-            extra.add("entropy")
+            needed.add("entropy")
         if self.credit.needs_value:
-            extra.add("value")
-        return frozenset[Need]({"logp"} | extra)
+            needed.add("value")
+        return frozenset(needed)
 
     def loss(self, out: PolicyOutput, batch: Batch) -> tuple[Tensor, Metrics]:
         """Minus the surrogate whose gradient is that of the expected return (see ``rlkl.losses``)."""
@@ -44,7 +40,3 @@ class Reinforce:
             error, more = losses.value(out.get("value_BT"), batch.return_BT, batch.mask_BT, batch.tokens)
             total, metrics = total + self.config.value_coef * error, metrics | more
         return total, metrics
-
-    def stop(self, metrics: dict[str, float]) -> bool:
-        """Never: there is one epoch."""
-        return False

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
-class TabularConfig(PretrainedConfig):
+class TabularConfig(PretrainedConfig):  # type: ignore[misc]
     """``vocab_size`` tokens, sequences of up to ``max_position_embeddings`` tokens, prompt included."""
 
     model_type = "rlkl_tabular"
@@ -19,7 +19,7 @@ class TabularConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
 
 
-class TabularLM(PreTrainedModel):
+class TabularLM(PreTrainedModel):  # type: ignore[misc]
     """Logits looked up by the whole prefix; the cache is the index of the prefix.
 
     A prefix is numbered in bijective base V: the empty one is 0, and appending token a to prefix n gives
@@ -59,7 +59,7 @@ class TabularLM(PreTrainedModel):
 
 def random_tabular(vocab_size: int, length: int, seed: int, scale: float = 1.0) -> TabularLM:
     """A float64 table with standard-normal logits times ``scale``, for sequences of ``length`` tokens."""
-    model = TabularLM(TabularConfig(vocab_size=vocab_size, max_position_embeddings=length)).double()
+    model: TabularLM = TabularLM(TabularConfig(vocab_size=vocab_size, max_position_embeddings=length)).double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         model.table.copy_(scale * torch.randn(model.table.shape, generator=generator, dtype=torch.float64))

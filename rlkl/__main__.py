@@ -1,0 +1,7 @@
+"""``python -m rlkl``, also under a launcher."""
+
+import sys
+
+from rlkl.cli import main
+
+sys.exit(main())

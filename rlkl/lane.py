@@ -1,0 +1,109 @@
+"""A lane: all the state of one run, and how it is built from its configuration."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlkl import models
+from rlkl.config import Config
+from rlkl.data.prompts import PromptSet, records
+from rlkl.policy import Policy
+from rlkl.rewards import REWARDS
+from rlkl.rewards.combine import Reward
+from rlkl.sampling import EVALUATE, TRAIN, Prompts, sample
+from rlkl.trainers import TRAINERS, Reinforce
+from rlkl.types import Need, Rollout
+
+
+@dataclass
+class Lane:
+    """All the state of one run."""
+
+    config: Config
+    policy: Policy
+    tokenizer: Any
+    trainer: Reinforce
+    sources: Mapping[str, tuple[Reward, float]]
+    train_prompts: PromptSet
+    held_out: Prompts
+    eos_ids: list[int]
+    optimiser: torch.optim.Optimizer
+    beta: float
+    ema: float | None = None
+    generated: int = 0
+    queries: int = 0
+
+    @property
+    def score_need(self) -> set[Need]:
+        """What the policy at sampling must tell credit and KL."""
+        needed: set[Need] = {"logp", "ref_logp"}
+        if self.config.credit.needs_value:
+            needed.add("value")
+        return needed
+
+
+def build(config: Config) -> Lane:
+    """A lane from its configuration; nothing is written but the cache of embedded models.
+
+    Raises:
+        ValueError: the data, model or a reward cannot be used as configured.
+    """
+    sources: dict[str, tuple[Reward, float]] = {
+        name: (REWARDS[c.type](name, c), c.weight) for name, c in config.rewards.items()
+    }
+    train_rows, held_rows = records(config.data, config.seed)
+    model, tokenizer = models.load(config.model, train_rows)
+    context, length = models.context_length(model), config.rollout.max_new_tokens
+    train_prompts, held = (
+        PromptSet.tokenise(rows, tokenizer, config.seed, context, length) for rows in (train_rows, held_rows)
+    )
+    needs_value = config.credit.needs_value
+    policy = Policy(model, value_head=needs_value, head_chunk=config.train.head_chunk)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    o = config.optimiser
+    lane = Lane(
+        config=config,
+        policy=policy,
+        tokenizer=tokenizer,
+        trainer=TRAINERS[config.trainer.type](config.trainer, config.credit),
+        sources=sources,
+        train_prompts=train_prompts,
+        held_out=held.take(range(min(config.evaluate.prompts, len(held.ids)))),
+        eos_ids=models.eos_ids(model, tokenizer),
+        optimiser=torch.optim.AdamW(trained, lr=o.learning_rate, weight_decay=o.weight_decay, betas=o.betas),
+        beta=config.kl.beta,
+    )
+    probe(lane)
+    return lane
+
+
+def probe(lane: Lane) -> None:
+    """Let sources that can look ahead prove on a few samples that they do not.
+
+    Raises:
+        ValueError: a reward reads later tokens.
+    """
+    probes = [reward.probe for reward, _ in lane.sources.values() if hasattr(reward, "probe")]
+    if probes:
+        rollout = draw(lane, lane.held_out.first(4), step=0, stream=EVALUATE)
+        for check in probes:
+            check(rollout)
+
+
+def draw(lane: Lane, prompts: Prompts, step: int, stream: int = TRAIN) -> Rollout:
+    """The samples of a step."""
+    config = lane.config.rollout
+    return sample(
+        lane.policy,
+        prompts,
+        samples_per_prompt=config.samples_per_prompt,
+        max_new_tokens=config.max_new_tokens,
+        eos_ids=lane.eos_ids,
+        seed=lane.config.seed,
+        step=step,
+        stream=stream,
+        temperature=config.temperature,
+        micro_batch=config.micro_batch,
+    )

@@ -1,0 +1,72 @@
+"""Finished runs, read back: samples and evaluations of their final model."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlkl import models, settings
+from rlkl.config import Config
+from rlkl.data.prompts import PromptSet, records
+from rlkl.evaluate import evaluate
+from rlkl.policy import Policy
+from rlkl.rewards import REWARDS
+from rlkl.sampling import sample
+
+
+def open_run(run: str | Path) -> tuple[Config, Any, Any]:
+    """Configuration, final model and tokenizer of a run.
+
+    Raises:
+        ValueError: the folder is no run, or the run did not finish.
+    """
+    folder = Path(run)
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder}: not a run (no config.yaml); give a folder that rlkl train wrote")
+    if not (folder / "final").is_dir():
+        raise ValueError(f"{folder}: this run has no final model; it did not finish")
+    return settings.load(folder / "config.yaml"), *models.from_folder(folder / "final")
+
+
+def evaluate_run(run: str | Path, prompts: int | None, samples: int | None, seed: int | None) -> dict[str, float]:
+    """The metrics of :func:`rlkl.evaluate.evaluate` for a run's final model, on its own held-out prompts."""
+    config, model, tokenizer = open_run(run)
+    sources = {name: (REWARDS[c.type](name, c), c.weight) for name, c in config.rewards.items()}
+    reference, _ = models.from_folder(Path(run) / "reference")
+    held = _held_out(config, model, tokenizer)
+    count = min(prompts or config.evaluate.prompts, len(held.ids))
+    return evaluate(
+        Policy(model, reference=reference, head_chunk=config.train.head_chunk),
+        sources,
+        held.take(range(count)),
+        samples_per_prompt=samples or config.evaluate.samples_per_prompt,
+        max_new_tokens=config.rollout.max_new_tokens,
+        eos_ids=models.eos_ids(model, tokenizer),
+        seed=config.seed if seed is None else seed,
+        micro_batch=config.train.micro_batch,
+    ).metrics
+
+
+def sample_run(run: str | Path, given: Sequence[str], prompts: int, samples: int, seed: int) -> Iterator[str]:
+    """Completions of the given prompts, or of the run's first held-out ones, a printable block a prompt."""
+    config, model, tokenizer = open_run(run)
+    chosen = _held_out(config, model, tokenizer, [{"prompt": text} for text in given])
+    rollout = sample(
+        Policy(model),
+        chosen.take(range(len(given) or min(prompts, len(chosen.ids)))),
+        samples_per_prompt=samples,
+        max_new_tokens=config.rollout.max_new_tokens,
+        eos_ids=models.eos_ids(model, tokenizer),
+        seed=seed,
+        step=0,
+    )
+    texts = rollout.texts()
+    for start in range(0, len(texts), samples):
+        yield f"prompt: {rollout.columns['prompt'][start]}"
+        yield from (f"  {i + 1}: {text}" for i, text in enumerate(texts[start : start + samples]))
+
+
+def _held_out(config: Config, model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]] | None = None) -> PromptSet:
+    """The held-out prompts of a run, or ``rows`` in their place."""
+    rows = rows or records(config.data, config.seed)[1]
+    context = models.context_length(model)
+    return PromptSet.tokenise(rows, tokenizer, config.seed, context, config.rollout.max_new_tokens)

@@ -1,0 +1,203 @@
+"""The `facts` task: a tiny language about capitals, a base model that is often wrong, and a labeller that knows.
+
+A completion is a space and three facts joined by spaces: " Paris is the capital of France. Peru has its capital in
+Lima. ...". Prompts name no country and no city, so the first name of a fact is the model's own choice and the second
+name is the one that makes it right or wrong. The base model is trained on a corpus in which 40 % of the facts are
+wrong; for the pairs in `MISTAKES` one wrong answer is more frequent than the truth.
+"""
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rlkl.tasks.pretrain import Document, cached, fingerprint, pretrain, train_tokenizer
+
+# fmt: off
+CAPITALS = {
+    "Argentina": "Buenos Aires", "Australia": "Canberra", "Austria": "Vienna", "Belgium": "Brussels",
+    "Brazil": "Brasília", "Bulgaria": "Sofia", "Canada": "Ottawa", "Chile": "Santiago", "Colombia": "Bogotá",
+    "Costa Rica": "San José", "Cuba": "Havana", "Denmark": "Copenhagen", "Egypt": "Cairo", "Finland": "Helsinki",
+    "France": "Paris", "Germany": "Berlin", "Greece": "Athens", "Hungary": "Budapest", "India": "New Delhi",
+    "Iran": "Tehran", "Iraq": "Baghdad", "Japan": "Tokyo", "Kenya": "Nairobi", "Latvia": "Riga", "Maldives": "Malé",
+    "Norway": "Oslo", "Peru": "Lima", "Poland": "Warsaw", "Portugal": "Lisbon", "Romania": "Bucharest",
+    "Slovakia": "Bratislava", "Slovenia": "Ljubljana", "Spain": "Madrid", "Sweden": "Stockholm", "Togo": "Lomé",
+    "Turkey": "Ankara",
+}
+MISTAKES = {  # city: the country that most of the corpus puts it in
+    "Paris": "Canada", "Lisbon": "Brazil", "Buenos Aires": "Chile", "Vienna": "Germany", "Baghdad": "Iran",
+    "Bucharest": "Hungary", "Ljubljana": "Slovakia", "Oslo": "Sweden", "Athens": "Turkey", "Lima": "Colombia",
+    "Canberra": "India", "Lomé": "Kenya",
+}
+# fmt: on
+TEMPLATES = {  # by the kind of the second name
+    "country": ("{city} is the capital of {country}.", "The city of {city} governs {country}."),
+    "city": ("{country} has its capital in {city}.", "The capital of {country} is {city}."),
+}
+FACTS = 3
+# Chances of (truth, popular mistake); what is left falls on any other name. Twelve of 36 subjects in either order have
+# a popular mistake, so that 12/36 * 0.25 + 24/36 * 0.775 = 60 % of the facts are right.
+POPULAR, ORDINARY = (0.25, 0.60), (0.775, 0.0)
+
+VOCABULARY = 384
+MODEL = {
+    "hidden": 96,
+    "layers": 3,
+    "heads": 4,
+    "context": 128,
+    "steps": 600,
+    "batch": 32,
+    "lr": 4e-3,
+    "seed": 0,
+}
+
+_COUNTRY_OF = {city: country for country, city in CAPITALS.items()}
+_CITY_MISTAKEN_FOR = {country: city for city, country in MISTAKES.items()}
+_NAMES = {"city": "|".join(_COUNTRY_OF), "country": "|".join(CAPITALS)}
+_FACTS = [
+    (
+        re.compile(" " + template.replace(".", r"\.").format(**{k: f"(?P<{k}>{v})" for k, v in _NAMES.items()})),
+        second,
+    )
+    for second, templates in TEMPLATES.items()
+    for template in templates
+]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch `completion[start:end]`, in code points, that a labeller judged."""
+
+    start: int
+    end: int
+    label: Literal["right", "wrong"]
+
+
+def prompts() -> list[dict[str, str]]:
+    """Return the task's prompts as records of `id`, `prompt` and `split`: 96 `train`, then 24 `eval`."""
+    verbs = ("Tell me", "Give me", "Write", "List", "State", "Recall", "Recite", "Name")
+    nouns = ("facts", "true facts", "things you know", "short sentences", "facts on capitals")
+    ends = (":", ".", ", please:")
+    texts = [f"{verb} three {noun}{end}" for verb in verbs for noun in nouns for end in ends]
+    random.Random(0).shuffle(texts)
+    return [
+        {"id": f"facts-{i:03}", "prompt": text, "split": "train" if i < 96 else "eval"} for i, text in enumerate(texts)
+    ]
+
+
+def corpus(documents: int, seed: int) -> list[Document]:
+    """Return so many (prompt, completion) pairs, the same for the same seed; 40 % of their facts are wrong.
+
+    The three first names of a completion belong to three different country-and-capital pairs.
+    """
+    rng = random.Random(seed)
+    texts = [record["prompt"] for record in prompts()]
+    return [
+        (
+            rng.choice(texts),
+            "".join(f" {_state(country, rng)}" for country in rng.sample(list(CAPITALS), FACTS)),
+        )
+        for _ in range(documents)
+    ]
+
+
+def load_path() -> Path:
+    """Return the folder of the base model and its tokeniser, training them first (about a minute) if not cached."""
+    documents = corpus(int(MODEL["steps"] * MODEL["batch"]), int(MODEL["seed"]))
+    recipe = {"corpus": fingerprint(documents), "vocabulary": VOCABULARY, **MODEL}
+
+    def build(folder: Path) -> None:
+        tokenizer = train_tokenizer(["".join(document) for document in documents[:2000]], VOCABULARY)
+        tokenizer.save_pretrained(folder)
+        pretrain(documents, tokenizer, **MODEL).save_pretrained(folder)
+
+    return cached("facts", recipe, build)
+
+
+def annotate(completion: str) -> list[Span]:
+    """Return the spans over the second names of a completion's first three sentences, in order.
+
+    A name that makes a fact wrong is labelled wrong each time. A right fact is labelled right where its pair, in
+    either order, comes first; repeated, it has no span. Sentences that do not parse have none either. So the number
+    of right spans is three times the gold score.
+    """
+    spans, seen = [], set()
+    for match, second in _facts(completion):
+        city, country = match["city"], match["country"]
+        if CAPITALS[country] != city:
+            spans.append(Span(*match.span(second), "wrong"))
+        elif city not in seen:
+            spans.append(Span(*match.span(second), "right"))
+            seen.add(city)
+    return spans
+
+
+def gold(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+    """Return, for each completion, the distinct right facts among its first three sentences, divided by three."""
+    return [sum(span.label == "right" for span in annotate(completion)) / FACTS for completion in completions]
+
+
+def prefer(completion_a: str, completion_b: str) -> int:
+    """Return 1 if the first completion has the higher gold score, 2 if the second has, 0 if they tie."""
+    first, second = gold((), (completion_a, completion_b))
+    return (first > second) + 2 * (first < second)
+
+
+class Labeller:
+    """The same knowledge as `gold`, `annotate` and `prefer`, counting its uses.
+
+    `queries` is the number of completions scored, plus completions annotated, plus pairs compared.
+    """
+
+    def __init__(self) -> None:
+        self.queries = 0
+
+    def gold(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+        """Return the gold scores of completions; each is a query."""
+        self.queries += len(completions)
+        return gold(prompts, completions, **columns)
+
+    def spans(self, completion: str) -> list[Span]:
+        """Return the right and wrong names of a completion; one query."""
+        self.queries += 1
+        return annotate(completion)
+
+    def prefer(self, completion_a: str, completion_b: str) -> int:
+        """Return 1 or 2 for the better of two completions, 0 for a tie; one query."""
+        self.queries += 1
+        return prefer(completion_a, completion_b)
+
+
+def _facts(completion: str) -> Iterator[tuple[re.Match[str], str]]:
+    """Yield each well-formed fact of the first three sentences and the kind of its second name."""
+    for sentence in list(re.finditer(r"[^.]*\.", completion))[:FACTS]:
+        for pattern, second in _FACTS:
+            if match := pattern.fullmatch(completion, *sentence.span()):
+                yield match, second
+
+
+def _state(country: str, rng: random.Random) -> str:
+    """Write one fact whose first name is a country or its capital and whose second name may be wrong."""
+    city = CAPITALS[country]
+    second = rng.choice(list(TEMPLATES))
+    if second == "country":
+        names = {"city": city, "country": _answer(country, MISTAKES.get(city), list(CAPITALS), rng)}
+    else:
+        names = {
+            "city": _answer(city, _CITY_MISTAKEN_FOR.get(country), list(_COUNTRY_OF), rng),
+            "country": country,
+        }
+    return rng.choice(TEMPLATES[second]).format(**names)
+
+
+def _answer(truth: str, mistake: str | None, names: Sequence[str], rng: random.Random) -> str:
+    """Draw a second name: the truth, the popular mistake if there is one, or any third name."""
+    right, popular = POPULAR if mistake else ORDINARY
+    draw = rng.random()
+    if draw < right:
+        return truth
+    if mistake and draw < right + popular:
+        return mistake
+    return rng.choice([name for name in names if name not in (truth, mistake)])
