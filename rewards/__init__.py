@@ -1,8 +1,24 @@
-"""Where rewards come from; every source gives causal ``[B, T]`` rewards. Imported as ``rlkl.rewards`` only."""
+"""Where rewards come from: causal ``[B, T]`` rewards, whatever the source. Imported as ``rlkl.rewards`` only."""
 
 if __name__ != "rlkl.rewards":
     raise ImportError(f"{__name__}: import this package as rlkl.rewards")
 
+from collections.abc import Mapping
+
+from rlkl.config import Source
+from rlkl.rewards.combine import WeightedSum
 from rlkl.rewards.function import FunctionReward
 
 REWARDS = {"function": FunctionReward}
+
+
+def build(configs: Mapping[str, Source]) -> WeightedSum:
+    """The reward of a run from its ``rewards:`` section.
+
+    Raises:
+        ValueError: a source cannot be used as configured.
+    """
+    return WeightedSum({name: (REWARDS[c.type](name, c), c.weight) for name, c in configs.items()})
+
+
+__all__ = ["REWARDS", "WeightedSum", "build"]

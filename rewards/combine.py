@@ -1,4 +1,4 @@
-"""Several sources to one TokenRewards: the weighted sum, with every source's share kept."""
+"""Several sources to one reward: their weighted sum, with what every source gave kept apart."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,10 +9,32 @@ from rlkl.types import Rollout, TokenRewards
 Reward = Callable[[Rollout], TokenRewards]
 
 
-def combine(sources: Mapping[str, tuple[Reward, float]], rollout: Rollout) -> TokenRewards:
-    """``sum_k weight_k * r_k``; a position is scored where any source scores it; queries add up."""
-    parts = {name: (reward(rollout), weight) for name, (reward, weight) in sources.items()}
-    shares = {name: weight * part.value_BT for name, (part, weight) in parts.items()}
-    scored_BT = torch.stack([part.scored_BT for part, _ in parts.values()]).any(0)
-    queries = sum(part.queries for part, _ in parts.values())
-    return TokenRewards(torch.stack(list(shares.values())).sum(0), scored_BT, shares, queries)
+class WeightedSum:
+    """``sum_k weight_k * r_k``; a position is scored where any source scores it; queries add up.
+
+    A source of weight 0 is only watched.
+    """
+
+    def __init__(self, sources: Mapping[str, tuple[Reward, float]]) -> None:
+        self.sources = sources
+
+    def __call__(self, rollout: Rollout) -> TokenRewards:
+        """The sum; ``shares`` hold what each source gave, before its weight."""
+        parts = {name: reward(rollout) for name, (reward, _) in self.sources.items()}
+        weighted = [weight * parts[name].value_BT for name, (_, weight) in self.sources.items()]
+        return TokenRewards(
+            value_BT=torch.stack(weighted).sum(0),
+            scored_BT=torch.stack([part.scored_BT for part in parts.values()]).any(0),
+            shares={name: part.value_BT for name, part in parts.items()},
+            queries=sum(part.queries for part in parts.values()),
+        )
+
+    def probe(self, rollout: Rollout) -> None:
+        """Let the sources that could look ahead prove that they do not; no queries are counted.
+
+        Raises:
+            ValueError: a reward reads later tokens.
+        """
+        for reward, _ in self.sources.values():
+            if hasattr(reward, "probe"):
+                reward.probe(rollout)

@@ -4,7 +4,7 @@ The randomness is the same at every evaluation, so that two evaluations differ b
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rlkl.policy import Policy
 from rlkl.reduce import global_sum
-from rlkl.rewards.combine import Reward, combine
 from rlkl.sampling import EVALUATE, Prompts, sample
 from rlkl.types import End, PolicyOutput, Rollout, TokenRewards
 
@@ -31,7 +30,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     policy: Policy,
-    sources: Mapping[str, tuple[Reward, float]],
+    reward: Callable[[Rollout], TokenRewards],
     prompts: Prompts,
     *,
     samples_per_prompt: int,
@@ -58,7 +57,7 @@ def evaluate(
     )
     parts = [policy(rollout.rows(i), {"kl", "entropy"}) for i in chunks(len(rollout), micro_batch)]
     kl_BT, entropy_BT = join(parts, "kl_BT"), join(parts, "entropy_BT")
-    rewards = combine(sources, rollout)
+    rewards = reward(rollout)
     tokens = float(rollout.length_B.sum())
     metrics = {
         **_mean("kl/sequence", kl_BT.sum(-1), rollout),
@@ -69,9 +68,8 @@ def evaluate(
         "policy/eval/distinct_2": distinct(rollout.completion_ids(), 2),
         "reward/eval/queries": float(rewards.queries),
     }
-    for name, (_, weight) in sources.items():
-        share_B = rewards.shares[name].sum(-1)
-        metrics |= _mean(f"reward/eval/{name}", share_B / weight if weight else share_B, rollout)
+    for name, share_BT in rewards.shares.items():
+        metrics |= _mean(f"reward/eval/{name}", share_BT.sum(-1), rollout)
     return Evaluation(metrics, rollout, rewards, kl_BT)
 
 

@@ -1,17 +1,15 @@
 """A lane: all the state of one run, and how it is built from its configuration."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from rlkl import models
+from rlkl import models, rewards
 from rlkl.config import Config
 from rlkl.data.prompts import PromptSet, records
 from rlkl.policy import Policy
-from rlkl.rewards import REWARDS
-from rlkl.rewards.combine import Reward
+from rlkl.rewards import WeightedSum
 from rlkl.sampling import EVALUATE, TRAIN, Prompts, sample
 from rlkl.trainers import TRAINERS, Reinforce
 from rlkl.types import Need, Rollout
@@ -25,7 +23,7 @@ class Lane:
     policy: Policy
     tokenizer: Any
     trainer: Reinforce
-    sources: Mapping[str, tuple[Reward, float]]
+    reward: WeightedSum
     train_prompts: PromptSet
     held_out: Prompts
     eos_ids: list[int]
@@ -50,9 +48,7 @@ def build(config: Config) -> Lane:
     Raises:
         ValueError: the data, model or a reward cannot be used as configured.
     """
-    sources: dict[str, tuple[Reward, float]] = {
-        name: (REWARDS[c.type](name, c), c.weight) for name, c in config.rewards.items()
-    }
+    reward = rewards.build(config.rewards)
     train_rows, held_rows = records(config.data, config.seed)
     model, tokenizer = models.load(config.model, train_rows)
     context, length = models.context_length(model), config.rollout.max_new_tokens
@@ -68,28 +64,15 @@ def build(config: Config) -> Lane:
         policy=policy,
         tokenizer=tokenizer,
         trainer=TRAINERS[config.trainer.type](config.trainer, config.credit),
-        sources=sources,
+        reward=reward,
         train_prompts=train_prompts,
         held_out=held.take(range(min(config.evaluate.prompts, len(held.ids)))),
         eos_ids=models.eos_ids(model, tokenizer),
         optimiser=torch.optim.AdamW(trained, lr=o.learning_rate, weight_decay=o.weight_decay, betas=o.betas),
         beta=config.kl.beta,
     )
-    probe(lane)
+    reward.probe(draw(lane, lane.held_out.first(4), step=0, stream=EVALUATE))
     return lane
-
-
-def probe(lane: Lane) -> None:
-    """Let sources that can look ahead prove on a few samples that they do not.
-
-    Raises:
-        ValueError: a reward reads later tokens.
-    """
-    probes = [reward.probe for reward, _ in lane.sources.values() if hasattr(reward, "probe")]
-    if probes:
-        rollout = draw(lane, lane.held_out.first(4), step=0, stream=EVALUATE)
-        for check in probes:
-            check(rollout)
 
 
 def draw(lane: Lane, prompts: Prompts, step: int, stream: int = TRAIN) -> Rollout:

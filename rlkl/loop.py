@@ -17,7 +17,6 @@ from rlkl.config import Config, KLConfig, OptimiserConfig
 from rlkl.evaluate import Evaluation, chunks, evaluate, join, sample_rows
 from rlkl.lane import Lane, build, draw
 from rlkl.reduce import finish, masked_mean, masked_std
-from rlkl.rewards.combine import combine
 from rlkl.trainers import Reinforce
 from rlkl.types import Batch, Metrics, PolicyOutput, Rollout, TokenRewards
 
@@ -78,7 +77,7 @@ def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, flo
     rollout = draw(lane, prompts, step)
     clock.lap("sample")
     try:
-        rewards = combine(lane.sources, rollout)
+        rewards = lane.reward(rollout)
     except RunError as error:
         raise RunError(f"step {step}: {error}") from error
     clock.lap("reward")
@@ -182,7 +181,7 @@ def assess(lane: Lane, tracker: tracking.Tracker, step: int, metrics: Mapping[st
     try:
         result = evaluate(
             lane.policy,
-            lane.sources,
+            lane.reward,
             lane.held_out,
             samples_per_prompt=config.evaluate.samples_per_prompt,
             max_new_tokens=config.rollout.max_new_tokens,

@@ -18,13 +18,13 @@ def load(config: Model, records: Sequence[dict[str, Any]]) -> tuple[PreTrainedMo
     Raises:
         ValueError: the model cannot be loaded, or has no tokenizer.
     """
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     return from_folder(_path(config, records))
 
 
 def from_folder(path: str | Path) -> tuple[PreTrainedModel, Any]:
     """A causal LM and its tokenizer from a local folder or by Hub name."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype="float32", trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)

@@ -4,12 +4,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlkl import models, settings
+from rlkl import models, rewards, settings
 from rlkl.config import Config
 from rlkl.data.prompts import PromptSet, records
 from rlkl.evaluate import evaluate
 from rlkl.policy import Policy
-from rlkl.rewards import REWARDS
 from rlkl.sampling import sample
 
 
@@ -30,13 +29,12 @@ def open_run(run: str | Path) -> tuple[Config, Any, Any]:
 def evaluate_run(run: str | Path, prompts: int | None, samples: int | None, seed: int | None) -> dict[str, float]:
     """The metrics of :func:`rlkl.evaluate.evaluate` for a run's final model, on its own held-out prompts."""
     config, model, tokenizer = open_run(run)
-    sources = {name: (REWARDS[c.type](name, c), c.weight) for name, c in config.rewards.items()}
     reference, _ = models.from_folder(Path(run) / "reference")
     held = _held_out(config, model, tokenizer)
     count = min(prompts or config.evaluate.prompts, len(held.ids))
     return evaluate(
         Policy(model, reference=reference, head_chunk=config.train.head_chunk),
-        sources,
+        rewards.build(config.rewards),
         held.take(range(count)),
         samples_per_prompt=samples or config.evaluate.samples_per_prompt,
         max_new_tokens=config.rollout.max_new_tokens,

@@ -99,7 +99,7 @@ class TokenRewards(_Rows):
     """Causal rewards: ``value_BT[t]`` is a function of the prompt and of tokens up to and including t.
 
     ``scored_BT`` marks positions at which the source gives a reward, zero or not. ``shares`` is what each
-    source gave (already weighted); ``queries`` counts the labels or scores that were asked for.
+    source gave, before its weight; ``queries`` counts the labels or scores that were asked for.
     """
 
     value_BT: Tensor

@@ -60,7 +60,7 @@ def _read(path: Path, config: JsonlData) -> list[dict[str, Any]]:
             raise ValueError(
                 f"{path}:{number}: no text in column {column!r} (columns: {known}); map it with data.columns.prompt"
             )
-        rows.append({**{k: v for k, v in row.items() if k != column}, "prompt": text})
+        rows.append({**row, "prompt": text})
     if not rows:
         raise ValueError(f"{path}: empty; it needs at least one record")
     return rows

@@ -1,9 +1,9 @@
 """Tiny language models from scratch: a byte-level tokeniser, a small Llama, and a cache folder for both.
 
 Training runs in a process of its own. `transformers.Trainer` resets accelerate's process-wide state (a
-caller's `Accelerator` would lose its precision and device), reseeds the global generators and joins the process
-group that a launcher announces. Apart, on one CPU thread, it does none of this to its caller and gives the same
-weights however the caller was started.
+caller's `Accelerator` would lose its precision and device), reseeds the global generators and joins the
+process group that a launcher announces. Apart, on one CPU thread, it does none of this to its caller and gives
+the same weights however the caller was started.
 """
 
 import contextlib
@@ -41,14 +41,15 @@ OPTIMISATION: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
 }
 FLOPS_PER_SECOND = 5e10  # of one CPU thread on such small matrices; only for the announced duration
-LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "PMI_", "OMPI_", "MV2_")
+LAUNCHERS = (  # prefixes of the variables by which torchrun, accelerate and MPI announce a process group
+    *("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "ACCELERATE_"),
+    *("PMI_", "OMPI_", "MV2_"),
+)
 
 Document = str | tuple[str, str]
 
 
-def train_tokenizer(
-    texts: Sequence[str], vocab_size: int, *, context: int = 1024
-) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Sequence[str], vocab_size: int, *, context: int = 1024) -> PreTrainedTokenizerFast:
     """Train a lossless byte-level BPE with the special tokens `<eos>` and `<pad>` and no start token.
 
     Few or short texts may give fewer than `vocab_size` tokens; `len(tokenizer)` is the true number. `context`
@@ -94,9 +95,9 @@ def pretrain(
     """Train a Llama from scratch in fp32 on one CPU thread; the same arguments give the same weights.
 
     A document is a text or a (prompt, completion) pair, whose halves are tokenised apart, as they are when a
-    completion is sampled. It ends in `<eos>`, and the loss is the mean over all real tokens of a batch. Documents
-    longer than `context` tokens are cut into pieces of that length; `batch` counts pieces a step, in an order
-    that is shuffled anew in each epoch.
+    completion is sampled. It ends in `<eos>`, and the loss is the mean over all real tokens of a batch.
+    Documents longer than `context` tokens are cut into pieces of that length; `batch` counts pieces a step, in
+    an order that is shuffled anew in each epoch.
 
     Raises:
         ValueError: no document holds a token.
@@ -141,9 +142,9 @@ def cached(name: str, recipe: Mapping[str, Any], build: Callable[[Path], None]) 
     """Return the cache folder of a recipe; where it is missing, `build` fills it first.
 
     The folder is `<cache>/<name>-<fingerprint>` under `$RLKL_CACHE`, or else under the user's cache folder.
-    `build` writes into an empty folder beside it, which is renamed when complete: a build that fails or is killed
-    leaves no half model, and of two builders at once the first to finish wins. `recipe` must hold all that
-    decides the result (hyper-parameters and the `fingerprint` of the corpus); it is kept as `recipe.json`.
+    `build` writes into an empty folder beside it, which is renamed when complete: a build that fails or is
+    killed leaves no half model, and of two builders at once the first to finish wins. `recipe` must hold all
+    that decides the result (hyper-parameters and the `fingerprint` of the corpus); it is kept as `recipe.json`.
     """
     recipe = {**recipe, "optimisation": OPTIMISATION}
     root = Path(os.environ.get("RLKL_CACHE") or platformdirs.user_cache_dir("rlkl"))
@@ -175,7 +176,7 @@ def fingerprint(value: object) -> str:
 
 
 def _pieces(document: Document, tokenizer: PreTrainedTokenizerFast, context: int) -> list[list[int]]:
-    """Tokenise one document, close it with `<eos>`, and cut it; a lone token predicts nothing and is left out."""
+    """Tokenise one document, close it with `<eos>`, and cut it; a lone token at the end is left out."""
     parts = (document,) if isinstance(document, str) else document
     ids = [token for part in parts for token in tokenizer(part, verbose=False)["input_ids"]]
     ids.append(tokenizer.eos_token_id)
