@@ -21,15 +21,16 @@ def resolve(path: str) -> Callable[..., Any]:
     """The function named ``module:function``; modules of the working directory are found too.
 
     Raises:
-        ValueError: there is no such module or function.
+        ValueError: there is no such module or function, or the module itself raises.
     """
     module_name, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), name, None)
-    except ImportError as error:
-        raise ValueError(f"{path}: {error}; give module:function, importable from here") from None
+    except Exception as error:  # whatever a stranger's module raises while it is imported
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path}: cannot be imported ({said}); give module:function, importable from here") from error
     if not callable(function):
         raise ValueError(f"{path}: module {module_name} has no function {name}")
     return function  # type: ignore[no-any-return]
@@ -61,10 +62,13 @@ class FunctionReward:
         """Check once, on any rollout, that a token-level function is causal; its calls are no queries.
 
         Raises:
-            ValueError: it reads later tokens.
+            ValueError: it reads later tokens, or fails; no run has started yet.
         """
         if self.level == "token":
-            probe_causality(self._token, self._token(rollout), rollout, self.name)
+            try:
+                probe_causality(self._token, self._token(rollout), rollout, self.name)
+            except RunError as error:
+                raise ValueError(f"{error} (on a few samples before the first step)") from error
 
     def _sequence(self, rollout: Rollout) -> TokenRewards:
         prompts, completions = rollout.columns["prompt"], rollout.texts()
@@ -88,9 +92,9 @@ class FunctionReward:
             got = f"{len(scores)} scores" if hasattr(scores, "__len__") else f"a {type(scores).__name__}"
             raise RunError(f"reward {self.name}: returned {got} for {len(rollout)} completions; one each, in order")
         for i, score in enumerate(scores):
-            if score is None or not math.isfinite(score):
+            if not _is_finite(score):
                 raise RunError(
-                    f"reward {self.name}: sample {int(rollout.sample_id_B[i])} got {score}; "
+                    f"reward {self.name}: sample {int(rollout.sample_id_B[i])} got {score!r}; "
                     "every completion needs a finite score"
                 )
         dtype = torch.float64 if rollout.behaviour_logp_BT is None else rollout.behaviour_logp_BT.dtype
@@ -117,7 +121,7 @@ class FunctionReward:
             raise RunError(
                 f"reward {self.name}: returned shape {list(value_BT.shape)} for tokens {list(rollout.tokens_BT.shape)}"
             )
-        value_BT = value_BT * rollout.policy_mask_BT
+        value_BT = value_BT.detach() * rollout.policy_mask_BT.to(torch.get_default_dtype())
         bad = (~value_BT.isfinite()).nonzero()
         if len(bad):
             i, t = bad[0].tolist()
@@ -126,6 +130,13 @@ class FunctionReward:
                 "every reward must be finite"
             )
         return value_BT
+
+
+def _is_finite(score: Any) -> bool:
+    try:
+        return math.isfinite(score)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # not one number
+        return False
 
 
 def pay_at_end(score_B: Tensor, rollout: Rollout) -> TokenRewards:
@@ -152,7 +163,7 @@ def probe_causality(
         changed = replace(
             rollout,
             tokens_BT=torch.where(early_BT, rollout.tokens_BT, others_BT),
-            end_B=rollout.end_B * 0 + End.LIMIT,
+            end_B=rollout.end_B.where(keep_B == rollout.length_B, int(End.LIMIT)),
         )
         cut = replace(
             changed,

@@ -2,16 +2,17 @@
 
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 
 from rlkl import RunError
 
+# click's ClickException: typer may carry a click of its own, whose exceptions the installed click does not know.
+CommandLineError: Any = typer.BadParameter.__mro__[2]
+
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Decide how to fine-tune a language model from feedback, and trust the comparison.",
 )
@@ -48,7 +49,7 @@ def sample(
     prompt: Annotated[list[str] | None, typer.Option(help="a prompt of yours; may be repeated")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="how many held-out prompts, where you give none")] = 3,
     samples: Annotated[int, typer.Option(min=1, help="completions a prompt")] = 2,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
 ) -> None:
     """Print completions of a trained model."""
     from rlkl.runs import sample_run
@@ -62,13 +63,25 @@ def evaluate(
     run: Annotated[str, typer.Argument(help="the folder of a finished run")],
     prompts: Annotated[int | None, typer.Option(min=1, help="held-out prompts, at most")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="completions a prompt")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="randomness of the samples")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="randomness of the samples")] = None,
 ) -> None:
     """Evaluate a trained model against its reference on the run's held-out prompts."""
     from rlkl.runs import evaluate_run
 
     for name, value in sorted(evaluate_run(run, prompts, samples, seed).items()):
         print(f"{name:<32} {value:.6g}")
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="the folder of a finished run")],
+    folder: Annotated[str, typer.Option("--output", "-o", help="a new folder")],
+    merge: Annotated[bool, typer.Option(help="merge the LoRA adapter into its base")] = False,
+) -> None:
+    """Copy the final model elsewhere, as from_pretrained reads it."""
+    from rlkl.runs import export_run
+
+    export_run(run, folder, merge)
 
 
 @app.command()
@@ -88,22 +101,24 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0; 1 where a run could not go on; 2 for a mistake in what the user wrote; 130 after Ctrl-C.
     """
+    given = sys.argv[1:] if argv is None else argv
     try:
-        result = app(argv, standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+        result = app(given or ["--help"], prog_name="rlkl", standalone_mode=False)
+    except CommandLineError as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "rlkl"
+        return _say(f"{' '.join(error.format_message().split()).rstrip('.')}; see {command} --help", 2)
+    except (typer.Abort, KeyboardInterrupt):
         print("rlkl: interrupted", file=sys.stderr)
         return 130
     except ValueError as error:
-        return _say(error, 2)
+        return _say(str(error), 2)
     except RunError as error:
-        return _say(error, 1)
+        return _say(str(error), 1)
     return result if isinstance(result, int) else 0
 
 
-def _say(error: Exception, code: int) -> int:
-    for text in str(error).splitlines():
+def _say(message: str, code: int) -> int:
+    for text in message.splitlines():
         print(f"rlkl: {text}", file=sys.stderr)
     return code

@@ -38,20 +38,45 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class PretrainedModel(Section):
-    """Any causal LM of transformers, from a local folder or by its Hub name."""
+class LoraConfig(Section):
+    """A LoRA adapter (Hu et al. 2021), through peft; the base stays frozen."""
+
+    rank: Positive = 16
+    alpha: int = Field(32, ge=1, description="the adapter's update is scaled by alpha / rank")
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="names of modules; all-linear leaves the output embedding out"
+    )
+
+
+class ModelSection(Section):
+    """What every kind of model can be asked for."""
+
+    lora: LoraConfig | None = Field(None, description="train an adapter instead of the weights")
+    reference: str = Field(
+        "initial", description="initial = the model as it is at the start; or a folder or Hub name of another model"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the weights; log-probs and KL are computed in float32 at least"
+    )
+    critic: Literal["trunk", "separate"] = Field(
+        "trunk", description="a learned value reads the policy's trunk, or a trained copy of it"
+    )
+
+
+class PretrainedModel(ModelSection):
+    """Any causal LM of transformers, from a local folder or by its Hub name; a folder may hold a peft adapter."""
 
     type: Literal["pretrained"] = "pretrained"
     path: str = Field(description="local folder or Hub name")
 
 
-class FactsModel(Section):
+class FactsModel(ModelSection):
     """The embedded base model of the task ``facts``; trained once (about a minute) and cached."""
 
     type: Literal["facts"]
 
 
-class TinyModel(Section):
+class TinyModel(ModelSection):
     """A tiny Llama and its tokenizer, trained on the spot on text columns of the training prompts."""
 
     type: Literal["tiny"]
@@ -215,6 +240,10 @@ class TrainConfig(Section):
     """The loop."""
 
     steps: Positive = 100
+    mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16: autocast; the weights keep their dtype")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute layers in the backward pass: less memory, more time, same results"
+    )
     micro_batch: Positive = Field(64, description="completions a forward/backward; changes memory, not results")
     head_chunk: Positive = Field(
         1024, description="positions that pass the vocabulary head together; changes memory, not results"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlkl.config import CreditConfig, KLConfig
 from rlkl.kl import log_ratio
-from rlkl.reduce import global_sum, masked_mean, masked_std
+from rlkl.reduce import global_max, global_sum, masked_mean, masked_std
 from rlkl.types import Batch, End, PolicyOutput, Rollout, TokenRewards
 
 
@@ -96,7 +96,8 @@ def others_mean(x_BT: Float[Tensor, "B T"], group_B: Tensor) -> Float[Tensor, "B
             "credit.baseline=leave_one_out: a prompt has 1 sample; set rollout.samples_per_prompt to 2 or more"
         )
     total = x_BT.new_zeros(len(count), x_BT.shape[1]).index_add_(0, inverse_B, x_BT)
-    return (total[inverse_B] - x_BT) / (count[inverse_B, None] - 1)
+    mean_BT: Tensor = (total[inverse_B] - x_BT) / (count[inverse_B, None] - 1)
+    return mean_BT
 
 
 def batch_mean_without_self(x_BT: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -108,7 +109,9 @@ def batch_mean_without_self(x_BT: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     count = global_sum(x_BT.new_tensor(float(x_BT.shape[0])))
     if count < 2:
         raise ValueError("credit.baseline=batch_mean: the batch has 1 sample; sample 2 or more a step")
-    return (global_sum(x_BT.sum(0)) - x_BT) / (count - 1)
+    width = x_BT.shape[1]  # ranks may hold completions of other lengths
+    widest_T = torch.nn.functional.pad(x_BT.sum(0), (0, global_max(width, x_BT.device) - width))
+    return (global_sum(widest_T)[:width] - x_BT) / (count - 1)
 
 
 def group_norm(x_BT: Float[Tensor, "B T"], group_B: Tensor, eps: float = 1e-6) -> Float[Tensor, "B T"]:
@@ -124,16 +127,16 @@ def group_norm(x_BT: Float[Tensor, "B T"], group_B: Tensor, eps: float = 1e-6) -
     return centred_BT / ((same @ centred_BT**2 / (count - 1)).sqrt() + eps)
 
 
-def _after_the_end(return_BT: Tensor, mask_BT: Tensor, hold: bool) -> Tensor:
-    """Returns as a baseline for longer samples: nothing is left after the end, or (``hold``) the last value.
+def _after_the_end(return_BT: Tensor, mask_BT: Tensor, hold_B: Tensor) -> Tensor:
+    """Returns as a baseline for longer samples: nothing is left after the end, or (``hold_B``) the last value.
 
     Holding makes the baseline of a terminal reward the sequence-level one. Other samples' values are
-    independent of a sample's own tokens, so both are unbiased.
+    independent of a sample's own tokens, so both are unbiased, as long as the choice is each sample's own:
+    made for the batch, it would let a sample's tokens choose its baseline.
     """
-    if not hold:
-        return return_BT * mask_BT
-    last_B = (mask_BT.sum(-1) - 1).clamp(min=0)
-    return torch.where(mask_BT, return_BT, return_BT.gather(1, last_B[:, None]))
+    last_B1 = (mask_BT.sum(-1, keepdim=True) - 1).clamp(min=0)
+    held_B1 = return_BT.gather(1, last_B1) * hold_B[:, None]
+    return torch.where(mask_BT, return_BT, held_B1)
 
 
 def _condition(value_BT: Tensor, rewards: TokenRewards, cfg: CreditConfig) -> Tensor:
@@ -190,9 +193,9 @@ def assign(
         paid_BT = r_BT + cfg.gamma * last_B[:, None] * final_BT
         return_BT = discounted(paid_BT, cfg.gamma, cfg.horizon)
         return_BT = return_BT - kl_returns(u_BT, scored_BT, cfg.gamma, cfg.horizon, kl.resolved_window(cfg.horizon))
-        terminal = not bool(global_sum((scored_BT & ~final_BT).any().double()))
-        hold = terminal and cfg.horizon is None
-        adv_BT, ema = _subtract_baseline(return_BT * kept_BT, kept_BT, value_BT, rollout, cfg, ema, hold)
+        terminal_B = ~(scored_BT & ~final_BT).any(-1)
+        hold_B = terminal_B if cfg.horizon is None else torch.zeros_like(terminal_B)
+        adv_BT, ema = _subtract_baseline(return_BT * kept_BT, kept_BT, value_BT, rollout, cfg, ema, hold_B)
 
     if cfg.whiten_advantages:
         adv_BT = (adv_BT - masked_mean(adv_BT, kept_BT)) / (masked_std(adv_BT, kept_BT) + 1e-8)
@@ -206,9 +209,9 @@ def _subtract_baseline(
     rollout: Rollout,
     cfg: CreditConfig,
     ema: float | None,
-    hold: bool,
+    hold_B: Tensor,
 ) -> tuple[Tensor, float | None]:
-    padded_BT = _after_the_end(return_BT, kept_BT, hold)
+    padded_BT = _after_the_end(return_BT, kept_BT, hold_B)
     if cfg.baseline == "none":
         return return_BT, ema
     if cfg.baseline == "batch_mean":

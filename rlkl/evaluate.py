@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from rlkl.policy import Policy
@@ -58,15 +59,19 @@ def evaluate(
     parts = [policy(rollout.rows(i), {"kl", "entropy"}) for i in chunks(len(rollout), micro_batch)]
     kl_BT, entropy_BT = join(parts, "kl_BT"), join(parts, "entropy_BT")
     rewards = reward(rollout)
-    tokens = float(rollout.length_B.sum())
+    sums = [rollout.length_B.sum(), kl_BT.sum(), entropy_BT.sum(), (rollout.end_B != End.LIMIT).sum()]
+    counts = [rollout.length_B.new_tensor(len(rollout)), rollout.length_B.new_tensor(rewards.queries)]
+    tokens, kl, entropy, terminated, sequences, queries = global_sum(
+        torch.stack([x.double() for x in (*sums, *counts)])
+    ).tolist()
     metrics = {
         **_mean("kl/sequence", kl_BT.sum(-1), rollout),
-        "kl/token": float(kl_BT.sum()) / tokens,
-        "policy/eval/entropy": float(entropy_BT.sum()) / tokens,
-        "policy/eval/length": tokens / len(rollout),
-        "policy/eval/terminated": float((rollout.end_B != End.LIMIT).float().mean()),
-        "policy/eval/distinct_2": distinct(rollout.completion_ids(), 2),
-        "reward/eval/queries": float(rewards.queries),
+        "kl/token": kl / tokens,
+        "policy/eval/entropy": entropy / tokens,
+        "policy/eval/length": tokens / sequences,
+        "policy/eval/terminated": terminated / sequences,
+        "policy/eval/distinct_2": distinct(gather_object(rollout.completion_ids()), 2),
+        "reward/eval/queries": queries,
     }
     for name, share_BT in rewards.shares.items():
         metrics |= _mean(f"reward/eval/{name}", share_BT.sum(-1), rollout)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from rlkl import models, rewards
 from rlkl.config import Config
@@ -32,6 +33,14 @@ class Lane:
     ema: float | None = None
     generated: int = 0
     queries: int = 0
+    forward: Any = None
+    rank: int = 0
+    ranks: int = 1
+
+    def place(self, accelerator: Accelerator) -> None:
+        """Move to the accelerator's device. ``forward`` is the prepared policy, the only one to be called."""
+        self.forward, self.optimiser = accelerator.prepare(self.policy, self.optimiser)
+        self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
 
     @property
     def score_need(self) -> set[Need]:
@@ -50,13 +59,20 @@ def build(config: Config) -> Lane:
     """
     reward = rewards.build(config.rewards)
     train_rows, held_rows = records(config.data, config.seed)
-    model, tokenizer = models.load(config.model, train_rows)
+    model, reference, tokenizer = models.load(config.model, train_rows)
     context, length = models.context_length(model), config.rollout.max_new_tokens
     train_prompts, held = (
         PromptSet.tokenise(rows, tokenizer, config.seed, context, length) for rows in (train_rows, held_rows)
     )
-    needs_value = config.credit.needs_value
-    policy = Policy(model, value_head=needs_value, head_chunk=config.train.head_chunk)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(
+        model,
+        reference=reference,
+        value_head=config.credit.needs_value,
+        separate_critic=config.model.critic == "separate",
+        head_chunk=config.train.head_chunk,
+    ).train()
     trained = [p for p in policy.parameters() if p.requires_grad]
     o = config.optimiser
     lane = Lane(
@@ -79,7 +95,7 @@ def draw(lane: Lane, prompts: Prompts, step: int, stream: int = TRAIN) -> Rollou
     """The samples of a step."""
     config = lane.config.rollout
     return sample(
-        lane.policy,
+        lane.forward or lane.policy,
         prompts,
         samples_per_prompt=config.samples_per_prompt,
         max_new_tokens=config.max_new_tokens,

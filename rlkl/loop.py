@@ -1,5 +1,6 @@
 """The one training loop: prompts -> sample -> reward -> KL -> credit -> loss -> step."""
 
+import contextlib
 import itertools
 import math
 import time
@@ -12,11 +13,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rlkl import RunError, credit, kl, plots, settings, terminal, tracking
+from rlkl import RunError, artefacts, credit, kl, launch, plots, settings, terminal, tracking
 from rlkl.config import Config, KLConfig, OptimiserConfig
 from rlkl.evaluate import Evaluation, chunks, evaluate, join, sample_rows
 from rlkl.lane import Lane, build, draw
-from rlkl.reduce import finish, masked_mean, masked_std
+from rlkl.reduce import finish, global_sum, masked_mean, masked_std
 from rlkl.trainers import Reinforce
 from rlkl.types import Batch, Metrics, PolicyOutput, Rollout, TokenRewards
 
@@ -31,49 +32,65 @@ def train(
         RunError: the run could not go on; the traceback is in its error.txt.
     """
     config = settings.load(source, overrides)
+    accelerator = launch.accelerator(config)
     folder = tracking.run_folder(config)
     tracking.check_folder(folder, overwrite)
-    lane = build(config)
-    tracking.create_folder(folder, config)
-    try:
-        run([lane], [tracking.Tracker(folder)])
-    except Exception as error:
-        (folder / "error.txt").write_text(traceback.format_exc())
-        said = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
-        raise RunError(f"{said} (traceback in {folder / 'error.txt'})") from error
+    with accelerator.main_process_first():  # an embedded model is trained once
+        lane = build(config)
+    with tracking.claim(folder, overwrite, accelerator.is_main_process):
+        if accelerator.is_main_process:
+            tracking.create_folder(folder, config)
+        accelerator.wait_for_everyone()
+        try:
+            run([lane], [tracking.Tracker(folder, accelerator.is_main_process)], accelerator)
+        except Exception as error:
+            (folder / "error.txt").write_text(traceback.format_exc())
+            said = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
+            raise RunError(f"{said} (traceback in {folder / 'error.txt'})") from error
     return folder
 
 
-def run(lanes: list[Lane], trackers: list[tracking.Tracker]) -> None:
-    """Drive lanes to their last step. An ordinary run is one lane."""
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise ValueError(f"{accelerator.num_processes} processes: a run uses one process so far; start a single one")
-    for lane, tracker in zip(lanes, trackers, strict=True):
-        lane.policy, lane.optimiser = accelerator.prepare(lane.policy, lane.optimiser)
-        save_pretrained(lane.policy.reference, lane.tokenizer, tracker.folder / "reference")
-        for notice in terminal.notices(lane):
-            print(notice, flush=True)
-        before = assess(lane, tracker, 0)
-        check_start(before)
-        total = lane.config.train.steps
-        for step in range(1, total + 1):
-            metrics = train_step(lane, step, accelerator)
-            if step % lane.config.log.every == 0 or step == total:
-                print(terminal.line(step, total, metrics), flush=True)
-            if step % lane.config.evaluate.every == 0 or step == total:
-                after = assess(lane, tracker, step, metrics)
-            else:
-                tracker.metrics(step, metrics)
-        save_pretrained(lane.policy.model, lane.tokenizer, tracker.folder / "final")
-        terminal.show(before, after, lane.config.log.samples)
-        print(f"figure: {plots.curves(tracker.folder)}\nmodel:  {tracker.folder / 'final'}", flush=True)
+def run(lanes: list[Lane], trackers: list[tracking.Tracker], accelerator: Accelerator) -> None:
+    """Drive lanes, step by step, to their last step. An ordinary run is one lane."""
+    pairs = list(zip(lanes, trackers, strict=True))
+    before = []
+    for lane, tracker in pairs:
+        lane.place(accelerator)
+        tracker.say(*terminal.notices(lane, accelerator))
+        if tracker.main:
+            artefacts.save_reference(lane.policy, lane.config, lane.tokenizer, tracker.folder / "reference")
+        before.append(assess(lane, tracker, 0))
+        check_start(lane, before[-1])
+    after = before
+    for step in range(1, max(lane.config.train.steps for lane in lanes) + 1):
+        after = [
+            advance(lane, tracker, step, accelerator) or old for (lane, tracker), old in zip(pairs, after, strict=True)
+        ]
+    for (lane, tracker), first, last in zip(pairs, before, after, strict=True):
+        tracker.say(*terminal.show(first, last, lane.config.log.samples))
+        if tracker.main:
+            artefacts.save_final(lane.policy, lane.tokenizer, tracker.folder / "final")
+            tracker.say(f"figure: {plots.curves(tracker.folder)}", f"model:  {tracker.folder / 'final'}")
+
+
+def advance(lane: Lane, tracker: tracking.Tracker, step: int, accelerator: Accelerator) -> Evaluation | None:
+    """One training step of a lane, with its line, its row and, when due, its evaluation."""
+    total, log = lane.config.train.steps, lane.config.log
+    if step > total:
+        return None
+    metrics = train_step(lane, step, accelerator)
+    if step % log.every == 0 or step == total:
+        tracker.say(terminal.line(step, total, metrics))
+    if step % lane.config.evaluate.every == 0 or step == total:
+        return assess(lane, tracker, step, metrics)
+    tracker.metrics(step, metrics)
+    return None
 
 
 def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, float]:
     """One step; the flow of the whole project, top to bottom."""
     config, clock = lane.config, Stopwatch()
-    prompts = lane.train_prompts.batch(step, config.rollout.prompts)
+    prompts = lane.train_prompts.batch(step, config.rollout.prompts).part(lane.rank, lane.ranks)
     rollout = draw(lane, prompts, step)
     clock.lap("sample")
     try:
@@ -87,8 +104,10 @@ def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, flo
     clock.lap("score")
     metrics = update(lane, rollout, batch, step, accelerator)
     clock.lap("update")
-    lane.generated += int(rollout.length_B.sum())
-    lane.queries += rewards.queries
+    counts = torch.tensor([float(rollout.length_B.sum()), float(rewards.queries)], dtype=torch.float64)
+    generated, queries = global_sum(counts.to(rollout.tokens_BT.device)).tolist()
+    lane.generated += int(generated)
+    lane.queries += int(queries)
     values = {
         **finish(metrics),
         **step_metrics(rollout, rewards, batch, scored),
@@ -107,7 +126,7 @@ def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, flo
 def score(lane: Lane, rollout: Rollout) -> PolicyOutput:
     """Policy and reference on the samples, as they are before the update."""
     rows = chunks(len(rollout), lane.config.train.micro_batch)
-    parts = [lane.policy(rollout.rows(i), lane.score_need) for i in rows]
+    parts = [lane.forward(rollout.rows(i), lane.score_need) for i in rows]
     names = [f"{need}_BT" for need in lane.score_need]
     if lane.config.credit.bootstrap_truncated:
         names.append("bootstrap_B")
@@ -128,12 +147,16 @@ def update(lane: Lane, rollout: Rollout, batch: Batch, step: int, accelerator: A
     config = lane.config
     need = lane.trainer.need | kl.needs(config.kl)
     metrics: Metrics = {}
-    for rows in chunks(len(rollout), config.train.micro_batch):
-        out = lane.policy(rollout.rows(rows), need)
-        loss, part = step_loss(lane.trainer, config.kl, lane.beta, out, batch.rows(rows))
-        if not bool(loss.isfinite()):
-            raise RunError(f"step {step}: the loss is {float(loss)}; lower optimiser.learning_rate")
-        accelerator.backward(loss)
+    pieces = chunks(len(rollout), config.train.micro_batch)
+    for k, rows in enumerate(pieces):
+        # Ranks may have different numbers of micro-batches: gradients meet in the last one only.
+        last = k == len(pieces) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(lane.forward):
+            out = lane.forward(rollout.rows(rows), need)
+            loss, part = step_loss(lane.trainer, config.kl, lane.beta, out, batch.rows(rows))
+            if not bool(loss.isfinite()):
+                raise RunError(f"step {step}: the loss is {float(loss)}; lower optimiser.learning_rate")
+            accelerator.backward(loss * lane.ranks)  # gradients are averaged over ranks, the loss is a global sum
         metrics = {k: (metrics[k][0] + s, metrics[k][1] + n) if k in metrics else (s, n) for k, (s, n) in part.items()}
     trained = [p for p in lane.policy.parameters() if p.requires_grad]
     norm = accelerator.clip_grad_norm_(trained, config.optimiser.max_grad_norm)
@@ -180,9 +203,9 @@ def assess(lane: Lane, tracker: tracking.Tracker, step: int, metrics: Mapping[st
     config = lane.config
     try:
         result = evaluate(
-            lane.policy,
+            lane.forward,
             lane.reward,
-            lane.held_out,
+            lane.held_out.part(lane.rank, lane.ranks),
             samples_per_prompt=config.evaluate.samples_per_prompt,
             max_new_tokens=config.rollout.max_new_tokens,
             eos_ids=lane.eos_ids,
@@ -195,23 +218,23 @@ def assess(lane: Lane, tracker: tracking.Tracker, step: int, metrics: Mapping[st
     tracker.metrics(step, {**(metrics or {}), **result.metrics, **took})
     for row in itertools.islice(sample_rows(result), config.log.samples):
         tracker.sample(step, row)
-    print(terminal.evaluation_line(step, result.metrics), flush=True)
+    tracker.say(terminal.evaluation_line(step, result.metrics))
     return result
 
 
-def check_start(result: Evaluation) -> None:
-    """The reference is a snapshot of the policy, so KL must be 0 at the start, bit for bit in fp32."""
-    if bool(result.kl_BT.any()):
+def check_start(lane: Lane, result: Evaluation) -> None:
+    """An initial reference is a snapshot of the policy: KL is 0 at the start (bit for bit in fp32).
+
+    Raises:
+        RunError: it is not.
+    """
+    exact = lane.config.model.dtype == "float32" and lane.config.train.mixed_precision == "no"
+    largest = float(result.kl_BT.abs().max())
+    if lane.config.model.reference == "initial" and largest > (0.0 if exact else 1e-4):
         raise RunError(
-            f"KL to the reference is {result.metrics['kl/sequence']:.3g} nats before the first step; "
+            f"KL to the reference is up to {largest:.3g} nats a token before the first step; "
             "the model's forward is not deterministic, or its weights changed"
         )
-
-
-def save_pretrained(model: Any, tokenizer: Any, folder: Path) -> None:
-    """A model folder that ``from_pretrained`` reads."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 class Stopwatch:

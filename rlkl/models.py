@@ -2,38 +2,87 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import huggingface_hub.utils.logging as hub_logging
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from rlkl.config import FactsModel, Model, TinyModel
+from rlkl.config import FactsModel, LoraConfig, Model, ModelSection, TinyModel
 
 
-def load(config: Model, records: Sequence[dict[str, Any]]) -> tuple[PreTrainedModel, Any]:
-    """The model in fp32 and its tokenizer. Remote code and pickles of strangers are never run.
+def load(config: Model, records: Sequence[dict[str, Any]]) -> tuple[Any, Any, Any]:
+    """The model (with its adapter, if any), a reference of its own or None, and the tokenizer.
 
     ``records`` are the training prompts, on whose columns ``type: tiny`` is trained.
 
     Raises:
-        ValueError: the model cannot be loaded, or has no tokenizer.
+        ValueError: a model cannot be loaded, or has no tokenizer; an adapter does not fit.
     """
-    return from_folder(_path(config, records))
+    path = _path(config, records)
+    model, tokenizer = from_folder(path, config.dtype)
+    if config.lora is not None:
+        model = add_adapter(model, config.lora, str(path))
+    reference = None if config.reference == "initial" else from_folder(config.reference, config.dtype)[0]
+    return model, reference, tokenizer
 
 
-def from_folder(path: str | Path) -> tuple[PreTrainedModel, Any]:
-    """A causal LM and its tokenizer from a local folder or by Hub name."""
-    logging.set_verbosity_error()
+def from_folder(path: str | Path, dtype: str = "float32") -> tuple[Any, Any]:
+    """A causal LM, or a base with a peft adapter that can go on training, and its tokenizer.
+
+    Remote code and pickles of strangers are never run.
+
+    Raises:
+        ValueError: there is no such folder, or it does not hold a whole model and its tokenizer.
+    """
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+    if (str(path).startswith((".", "~")) or str(path).count("/") > 1) and not Path(path).is_dir():
+        raise ValueError(f"model.path={path}: no such folder; give one with a causal LM and its tokenizer")
+    adapted = (Path(path) / "adapter_config.json").is_file()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="float32", trust_remote_code=False)
+        if adapted:
+            from peft import AutoPeftModelForCausalLM
+
+            model = AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, dtype=dtype)
+        else:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            )
+            if found["missing_keys"]:
+                raise ValueError(f"lacks the weights {', '.join(sorted(found['missing_keys'])[:3])}")
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        why = str(error).strip().splitlines()[0].split(". ")[0]
         raise ValueError(
-            f"model.path={path}: cannot be loaded ({str(error).strip().splitlines()[0]}); "
+            f"model.path={path}: cannot be loaded ({why}); "
             "give a folder with a causal LM and its tokenizer, or a Hub name while online"
         ) from None
     return model, tokenizer
+
+
+def add_adapter(model: Any, config: LoraConfig, path: str) -> Any:
+    """A fresh LoRA adapter on a frozen base.
+
+    Raises:
+        ValueError: the model has an adapter already, or none of the targets.
+    """
+    if hasattr(model, "peft_config"):
+        raise ValueError(f"model.lora with model.path={path}: this folder holds an adapter, which trains on; drop lora")
+    import peft
+
+    targets = config.targets if isinstance(config.targets, str) else list(config.targets)
+    settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, task_type="CAUSAL_LM")
+    try:
+        return peft.get_peft_model(model, settings)
+    except ValueError as error:
+        leaves = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if hasattr(m, "weight")})
+        raise ValueError(
+            f"model.lora.targets={targets}: {str(error).splitlines()[0]}; modules: {', '.join(leaves)}"
+        ) from None
 
 
 def _path(config: Model, records: Sequence[dict[str, Any]]) -> str | Path:
@@ -53,7 +102,10 @@ def _tiny(config: TinyModel, records: Sequence[dict[str, Any]]) -> Path:
     if missing:
         raise ValueError(f"model.texts: column {missing[0]!r} is not text in every record; name text columns")
     texts = [" ".join(r[c] for c in config.texts) for r in records]
-    recipe = {**config.model_dump(mode="json"), "corpus": pretrain.fingerprint(texts)}
+    recipe = {
+        **config.model_dump(mode="json", exclude=set(ModelSection.model_fields)),
+        "corpus": pretrain.fingerprint(texts),
+    }
 
     def build(folder: Path) -> None:
         tokenizer = pretrain.train_tokenizer(texts, config.vocabulary)

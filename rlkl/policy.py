@@ -5,8 +5,9 @@ change anything. Only completion positions pass the vocabulary head, ``head_chun
 the backward pass, so no ``[B, T, V]`` fp32 tensor exists.
 """
 
+import contextlib
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rlkl.adapters import (
+    FROZEN,
+    TRAINED,
+    adapter_is_identity,
+    causal,
+    check_adapter,
+    check_vocabulary,
+    freeze_adapter_copy,
+    head_agrees,
+    prepare_model,
+)
 from rlkl.types import Need, PolicyOutput, Rollout
 
 Fields = dict[str, Tensor]
@@ -47,43 +59,81 @@ class DecodeState:
 
 
 class Policy(nn.Module):
-    """A causal LM, its frozen reference and an optional value head on its trunk.
+    """A causal LM, its frozen reference and an optional value head.
 
-    The reference is a snapshot of the model as given, so KL = 0 at the start, bit for bit. ``model`` is any
-    causal LM of transformers; where hidden states times the output embedding are not its logits
-    (soft-capping, scaled logits, no such matrix) its own forward is used.
+    The reference is a snapshot of the model as given, so KL = 0 at the start, bit for bit; under LoRA it is the base
+    with the adapter off where that is the same function, else a second, frozen adapter; or a ``reference`` of its own.
+    ``model`` is any causal LM of transformers or a peft model; where hidden states times the output embedding are
+    not its logits (soft-capping, scaled logits, no such matrix) its own forward is used.
+
+    Args:
+        reference: another model; None for the model as it is; "base" for a peft model's base or the frozen adapter
+            that it carries (a trained adapter read back).
+        value_head: learn V(s) with a linear head on the trunk, or on a trunk of its own (``separate_critic``).
+        head_chunk: positions that pass the vocabulary head together.
+
+    Raises:
+        ValueError: a value head on a model whose hidden states are out of reach; LoRA on a tied output embedding;
+            a reference with another vocabulary.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         *,
         value_head: bool = False,
+        separate_critic: bool = False,
         head_chunk: int = 1024,
         reference: Any = None,
     ) -> None:
         super().__init__()
         prepare_model(model)
         self.model = model
-        self.reference = copy.deepcopy(model) if reference is None else reference
-        prepare_model(self.reference)
-        self.reference.requires_grad_(False)
         self.head_chunk = head_chunk
+        self.chunked = head_agrees(causal(model))
+        self.adapted = hasattr(model, "peft_config")
+        if self.adapted:
+            check_adapter(model)
+            if reference is None and not adapter_is_identity(model):
+                freeze_adapter_copy(model)
+        elif reference is None:
+            reference = copy.deepcopy(model)
+        self.reference_adapter = self.adapted and FROZEN in model.peft_config
+        self.reference = None if reference == "base" else reference
+        if self.reference is not None:
+            check_vocabulary(model, self.reference)
+            prepare_model(self.reference)
+            self.reference.requires_grad_(False)
+        self.reference_chunked = self.chunked if self.reference is None else head_agrees(causal(self.reference))
+        self.critic: Any = None
         self.value_head: nn.Linear | None = None
         if value_head:
-            hidden = getattr(model.config, "hidden_size", None)
-            if hidden is None:
-                raise ValueError(f"{type(model).__name__}: no hidden states for a value head; use another baseline")
+            if not self.chunked:
+                raise ValueError(
+                    f"{type(causal(model)).__name__}: a learned value needs the trunk's hidden states, but this "
+                    "model's logits are not its output embedding times them; use another credit.baseline"
+                )
+            if separate_critic:
+                self.critic = copy.deepcopy(causal(model).base_model).requires_grad_(True)
             first = next(model.parameters())
-            self.value_head = nn.Linear(hidden, 1, device=first.device, dtype=torch.float32)
+            self.value_head = nn.Linear(model.config.hidden_size, 1, device=first.device, dtype=torch.float32)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
-        self.chunked = head_agrees(model)
-        if self.value_head is not None and not self.chunked:
-            raise ValueError(
-                f"{type(model).__name__}: the value head needs the trunk's hidden states, but this model's logits "
-                "are not its output embedding times them; use another baseline"
-            )
+
+    @contextlib.contextmanager
+    def _as_reference(self) -> Iterator[Any]:
+        """The causal LM that plays the reference, for the time of the context."""
+        if self.reference is not None:
+            yield causal(self.reference)
+        elif self.reference_adapter:
+            self.model.base_model.set_adapter(FROZEN, inference_mode=True)
+            try:
+                yield causal(self.model)
+            finally:
+                self.model.base_model.set_adapter(TRAINED)
+        else:
+            with self.model.disable_adapter():
+                yield causal(self.model)
 
     def forward(self, inputs: Rollout | DecodeState, need: Iterable[Need] = ()) -> PolicyOutput:
         """Train-time quantities of a rollout, or the next-token log-probs of a decoding.
@@ -114,37 +164,35 @@ class Policy(nn.Module):
         token_N = rollout.tokens_BT[real_BT]
         shape = real_BT.shape
         fields: Fields = {}
-        hidden_BSD = None
-        if need & {"logp", "entropy", "kl", "kl_forward", "value"}:
-            hidden_BSD = self._trunk(self.model, input_BS)
-        own = None if hidden_BSD is None else pick(hidden_BSD, at_BT, real_BT)
+        own = ref = None
+        if need & {"logp", "entropy", "kl", "kl_forward"} or ("value" in need and self.critic is None):
+            hidden_BSD = self._trunk(causal(self.model), input_BS, self.chunked)
+            own = pick(hidden_BSD, at_BT, real_BT)
         if need & {"ref_logp", "kl", "kl_forward"}:
-            with torch.no_grad():
-                ref = pick(self._trunk(self.reference, input_BS), at_BT, real_BT)
-        else:
-            ref = None
-        wanted = need - {"value"}
-        if wanted:
+            with torch.no_grad(), self._as_reference() as reference:
+                ref = pick(self._trunk(reference, input_BS, self.reference_chunked), at_BT, real_BT)
+        if wanted := need - {"value"}:
             flat = self._heads(own if wanted - {"ref_logp"} else None, ref, token_N, wanted, rollout.temperature)
             fields |= {f"{k}_BT": spread(v, real_BT, shape) for k, v in flat.items()}
         if "value" in need:
-            assert self.value_head is not None and hidden_BSD is not None and own is not None
-            fields["value_BT"] = spread(self._value(own), real_BT, shape)
+            if self.critic is not None:
+                hidden_BSD = self.critic(input_ids=input_BS, use_cache=False).last_hidden_state
             rows = torch.arange(shape[0], device=real_BT.device)
             last_B = rollout.prompt_length_B + rollout.length_B - 1
+            fields["value_BT"] = spread(self._value(pick(hidden_BSD, at_BT, real_BT)), real_BT, shape)
             fields["bootstrap_B"] = self._value(hidden_BSD[rows, last_B])
         return PolicyOutput(**fields)
 
-    def _trunk(self, model: Any, input_BS: Tensor) -> Tensor:
+    def _trunk(self, model: Any, input_BS: Tensor, chunked: bool) -> Tensor:
         """Hidden states, or logits where the head cannot be taken apart."""
-        if self.chunked:
+        if chunked:
             out: Tensor = model.base_model(input_ids=input_BS, use_cache=False).last_hidden_state
             return out
         logits: Tensor = model(input_ids=input_BS, use_cache=False).logits
         return logits
 
     def _value(self, hidden: Tensor) -> Tensor:
-        assert self.value_head is not None
+        assert self.value_head is not None, "the policy has no value head"
         value: Tensor = self.value_head(hidden.float()).squeeze(-1)
         return value
 
@@ -176,11 +224,11 @@ class Policy(nn.Module):
         temperature: float,
     ) -> Fields:
         fields: Fields = {}
-        logp_NV = None if own is None else self._log_softmax(self.model, own, temperature)
+        logp_NV = None if own is None else self._log_softmax(causal(self.model), own, temperature, self.chunked)
         ref_NV = None
         if ref is not None:
-            with torch.no_grad():
-                ref_NV = self._log_softmax(self.reference, ref, temperature)
+            with torch.no_grad(), self._as_reference() as reference:
+                ref_NV = self._log_softmax(reference, ref, temperature, self.reference_chunked)
             if "ref_logp" in need:
                 fields["ref_logp"] = ref_NV.gather(1, token_N[:, None]).squeeze(1)
         if logp_NV is not None:
@@ -194,8 +242,8 @@ class Policy(nn.Module):
                 fields["kl_forward"] = (ref_NV.exp() * (ref_NV - logp_NV)).sum(-1)
         return fields
 
-    def _log_softmax(self, model: Any, x_ND: Tensor, temperature: float) -> Tensor:
-        logits_NV = model.get_output_embeddings()(x_ND) if self.chunked else x_ND
+    def _log_softmax(self, model: Any, x_ND: Tensor, temperature: float, chunked: bool) -> Tensor:
+        logits_NV = model.get_output_embeddings()(x_ND) if chunked else x_ND
         logp_NV: Tensor = (widen(logits_NV) / temperature).log_softmax(-1)
         return logp_NV
 
@@ -237,31 +285,3 @@ def pick(x_BSD: Tensor, at_BT: Tensor, real_BT: Tensor) -> Tensor:
 def spread(x_N: Tensor, real_BT: Tensor, shape: torch.Size) -> Tensor:
     """Back to ``[B, T]``, zero where there is no token."""
     return x_N.new_zeros(shape).masked_scatter(real_BT, x_N)
-
-
-def prepare_model(model: nn.Module) -> None:
-    """Switch dropout off by its probability and clear padding indices, in place.
-
-    ``.eval()`` would also switch gradient checkpointing off; a padding index would freeze the row of a pad
-    token that is also EOS.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            module.padding_idx = None
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or (name == "p" and isinstance(module, nn.Dropout))):
-                setattr(module, name, 0.0)
-
-
-@torch.no_grad()
-def head_agrees(model: Any) -> bool:
-    """Whether output embedding times last hidden state gives the model's own logits."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None or model.base_model is model:
-        return False
-    device = next(model.parameters()).device
-    size = int(model.config.get_text_config().vocab_size)
-    ids = torch.arange(8, device=device)[None] * 7919 % size
-    own = model(input_ids=ids, use_cache=False).logits
-    ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    return own.shape == ours.shape and torch.allclose(own, ours, rtol=1e-4, atol=1e-4)

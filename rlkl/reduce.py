@@ -16,6 +16,14 @@ def global_sum(x: Tensor) -> Tensor:
     return x
 
 
+def global_max(x: int, device: torch.device) -> int:
+    """The largest ``x`` over ranks."""
+    largest = torch.tensor(x, device=device)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of ``x`` where ``mask``, over all ranks; 0 for an empty mask."""
     sums = global_sum(torch.stack([(x * mask).sum(), mask.sum().to(x.dtype)]))

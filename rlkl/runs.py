@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlkl import models, rewards, settings
+from rlkl import artefacts, models, rewards, settings
 from rlkl.config import Config
 from rlkl.data.prompts import PromptSet, records
 from rlkl.evaluate import evaluate
@@ -12,33 +12,39 @@ from rlkl.policy import Policy
 from rlkl.sampling import sample
 
 
-def open_run(run: str | Path) -> tuple[Config, Any, Any]:
-    """Configuration, final model and tokenizer of a run.
+def open_run(run: str | Path) -> tuple[Config, Policy, Any]:
+    """Configuration, final policy with its reference, and tokenizer of a run.
 
     Raises:
         ValueError: the folder is no run, or the run did not finish.
     """
-    folder = Path(run)
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder}: not a run (no config.yaml); give a folder that rlkl train wrote")
-    if not (folder / "final").is_dir():
-        raise ValueError(f"{folder}: this run has no final model; it did not finish")
-    return settings.load(folder / "config.yaml"), *models.from_folder(folder / "final")
+    return (config := read_config(run)), *artefacts.load_policy(Path(run), config)
+
+
+def read_config(run: str | Path) -> Config:
+    """The configuration of a run.
+
+    Raises:
+        ValueError: the folder is no run.
+    """
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{run}: not a run (no config.yaml); give a folder that rlkl train wrote")
+    return settings.load(path)
 
 
 def evaluate_run(run: str | Path, prompts: int | None, samples: int | None, seed: int | None) -> dict[str, float]:
     """The metrics of :func:`rlkl.evaluate.evaluate` for a run's final model, on its own held-out prompts."""
-    config, model, tokenizer = open_run(run)
-    reference, _ = models.from_folder(Path(run) / "reference")
-    held = _held_out(config, model, tokenizer)
+    config, policy, tokenizer = open_run(run)
+    held = _held_out(config, policy.model, tokenizer)
     count = min(prompts or config.evaluate.prompts, len(held.ids))
     return evaluate(
-        Policy(model, reference=reference, head_chunk=config.train.head_chunk),
+        policy,
         rewards.build(config.rewards),
         held.take(range(count)),
         samples_per_prompt=samples or config.evaluate.samples_per_prompt,
         max_new_tokens=config.rollout.max_new_tokens,
-        eos_ids=models.eos_ids(model, tokenizer),
+        eos_ids=models.eos_ids(policy.model, tokenizer),
         seed=config.seed if seed is None else seed,
         micro_batch=config.train.micro_batch,
     ).metrics
@@ -46,14 +52,14 @@ def evaluate_run(run: str | Path, prompts: int | None, samples: int | None, seed
 
 def sample_run(run: str | Path, given: Sequence[str], prompts: int, samples: int, seed: int) -> Iterator[str]:
     """Completions of the given prompts, or of the run's first held-out ones, a printable block a prompt."""
-    config, model, tokenizer = open_run(run)
-    chosen = _held_out(config, model, tokenizer, [{"prompt": text} for text in given])
+    config, policy, tokenizer = open_run(run)
+    chosen = _held_out(config, policy.model, tokenizer, [{"prompt": text} for text in given])
     rollout = sample(
-        Policy(model),
+        policy,
         chosen.take(range(len(given) or min(prompts, len(chosen.ids)))),
         samples_per_prompt=samples,
         max_new_tokens=config.rollout.max_new_tokens,
-        eos_ids=models.eos_ids(model, tokenizer),
+        eos_ids=models.eos_ids(policy.model, tokenizer),
         seed=seed,
         step=0,
     )
@@ -61,6 +67,11 @@ def sample_run(run: str | Path, given: Sequence[str], prompts: int, samples: int
     for start in range(0, len(texts), samples):
         yield f"prompt: {rollout.columns['prompt'][start]}"
         yield from (f"  {i + 1}: {text}" for i, text in enumerate(texts[start : start + samples]))
+
+
+def export_run(run: str | Path, folder: str | Path, merge: bool) -> None:
+    """Copy the final model of a run to a new folder; ``merge`` folds its adapter into the base."""
+    artefacts.export(Path(run), read_config(run), Path(folder), merge)
 
 
 def _held_out(config: Config, model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]] | None = None) -> PromptSet:

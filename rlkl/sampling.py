@@ -43,6 +43,12 @@ class Prompts:
     columns: dict[str, list[Any]] = field(default_factory=dict)
     decode: Callable[[list[int]], str] | None = None
 
+    def part(self, rank: int, ranks: int) -> "Prompts":
+        """The prompts of one of several processes; groups keep their global numbers."""
+        chosen = slice(len(self.ids) * rank // ranks, len(self.ids) * (rank + 1) // ranks)
+        columns = {name: values[chosen] for name, values in self.columns.items()}
+        return Prompts(self.ids[chosen], self.group[chosen], columns, self.decode)
+
     def first(self, count: int) -> "Prompts":
         """The first ``count`` prompts, or all where there are fewer."""
         columns = {name: values[:count] for name, values in self.columns.items()}
@@ -76,12 +82,15 @@ def sample(
     )
     u_BT = uniforms(seed, stream, step, sample_id_B, max_new_tokens)
     tokens, logps = [], []
+    training = policy.training
+    policy.eval()  # gradient checkpointing would switch the cache off; dropout is off in any case
     for start in range(0, len(repeat), micro_batch):
         rows = slice(start, start + micro_batch)
         state = DecodeState.start(prompt_BP[rows].to(device), prompt_length_B[rows].to(device), temperature)
         token_BT, logp_BT = _decode(policy, state, u_BT[rows].to(device), eos_ids)
         tokens.append(token_BT.cpu())
         logps.append(logp_BT.cpu())
+    policy.train(training)
     tokens_BT, logp_BT = torch.cat(tokens), torch.cat(logps)
     ended_BT = torch.isin(tokens_BT, torch.tensor(list(eos_ids), dtype=torch.long))
     first_B = torch.where(ended_BT.any(1), ended_BT.int().argmax(1) + 1, max_new_tokens)

@@ -27,9 +27,9 @@ def load(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[st
     try:
         return Config.model_validate(OmegaConf.to_container(tree, resolve=True))
     except OmegaConfBaseException as error:
-        raise ValueError(str(error).splitlines()[0]) from None
+        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     except ValidationError as error:
-        raise ValueError("\n".join(_explain(e) for e in error.errors())) from None
+        raise ValueError("\n".join(dict.fromkeys(_explain(e) for e in error.errors()))) from None
 
 
 def _read(path: Path) -> DictConfig:
@@ -81,7 +81,7 @@ def _explain(error: Any) -> str:
             f"one of {tags}" if tags else "the type of this section"
         )
     message = error["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:] if message.startswith(("Input", "String", "List")) else message
+    message = message[0].lower() + message[1:] if kind != "value_error" else message
     if kind == "value_error":
         return message if key == "configuration" else f"{key}: {message}"
     return f"{key}={given!r}: {message}"

@@ -3,13 +3,16 @@
 import itertools
 from collections.abc import Iterator, Mapping
 
+from accelerate import Accelerator
+
 from rlkl import models
 from rlkl.config import GRADIENT
 from rlkl.evaluate import Evaluation, sample_rows
 from rlkl.lane import Lane
+from rlkl.launch import mismatch
 
 
-def notices(lane: Lane) -> Iterator[str]:
+def notices(lane: Lane, accelerator: Accelerator) -> Iterator[str]:
     """What a user should know before the first step."""
     config, model = lane.config, lane.policy.model
     batch = config.rollout.prompts * config.rollout.samples_per_prompt
@@ -20,6 +23,10 @@ def notices(lane: Lane) -> Iterator[str]:
     )
     rule = GRADIENT[config.kl.placement, config.kl.estimator]
     yield f"KL: beta {config.kl.beta:g}, {config.kl.estimator} in the {config.kl.placement}; its gradient: {rule}"
+    if warning := mismatch(accelerator):
+        yield warning
+    if config.model.dtype == "bfloat16" and config.model.lora is None:
+        yield "note: bfloat16 weights lose updates below 1/256 of a weight; prefer lora, or mixed_precision"
     if ignored := models.ignored_sampling(model):
         yield f"ignored from the generation config, for log-probs to mean what they say: {', '.join(ignored)}"
     if not lane.eos_ids:
@@ -53,9 +60,9 @@ def evaluation_line(step: int, metrics: Mapping[str, float]) -> str:
     return f"eval @ {step}: " + "  ".join([*parts, kl, f"length {metrics['policy/eval/length']:.1f}"])
 
 
-def show(before: Evaluation, after: Evaluation, count: int) -> None:
+def show(before: Evaluation, after: Evaluation, count: int) -> Iterator[str]:
     """The same prompts with the same randomness, before and after."""
     pairs = zip(sample_rows(before), sample_rows(after), strict=True)
     for old, new in itertools.islice(pairs, count):
-        print(f"\nprompt: {old['prompt']}\n  before: {old['completion']}\n  after:  {new['completion']}")
-    print()
+        yield f"\nprompt: {old['prompt']}\n  before: {old['completion']}\n  after:  {new['completion']}"
+    yield ""

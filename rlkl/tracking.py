@@ -1,12 +1,14 @@
 """What a run leaves behind: its folder, metrics.jsonl and samples.jsonl (the source of truth), and its lines."""
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import math
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +39,11 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     """Refuse a folder that holds something, before anything is written.
 
     Raises:
-        ValueError: the folder is not empty and may not be replaced, or is a file.
+        ValueError: the folder is not empty and may not be replaced, or is or lies below a file.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file; choose another name or folder")
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path}: is a file, so {folder} cannot be a run; choose another name=... or folder=...")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:
@@ -49,20 +52,55 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         raise ValueError(f"{folder}: not empty and not a run (it has no config.yaml); --overwrite replaces runs only")
 
 
+@contextlib.contextmanager
+def claim(folder: Path, overwrite: bool, main: bool) -> Iterator[None]:
+    """Hold a run's folder for this run alone: a second run of the same name is refused while the first lives.
+
+    Raises:
+        ValueError: another process holds it, it filled up in the meantime, or nothing can be written beside it.
+    """
+    if not main:
+        yield
+        return
+    path = folder.parent / f".{folder.name}.lock"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "w")  # noqa: SIM115 - held until the run ends
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written ({error.strerror}); choose another folder=...") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another run is writing to it; give this one another name") from None
+        check_folder(folder, overwrite)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
 def create_folder(folder: Path, config: Config) -> None:
-    """Make the run's folder anew, with config.yaml and env.json.
+    """Make the run's folder anew, with config.yaml and env.json; the old one goes when the new one can be written.
 
     Raises:
         ValueError: the folder cannot be written.
     """
+    new = folder.with_name(f".{folder.name}.new")
     try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        (new / "config.yaml").write_text(
+            yaml.safe_dump(dump(config), sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
+        (new / "env.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
         if folder.is_dir():
             shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(dump(config), sort_keys=False, allow_unicode=True))
-        (folder / "env.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        new.rename(folder)
     except OSError as error:
-        raise ValueError(f"{folder}: cannot be written ({error.strerror}); choose another folder=...") from None
+        shutil.rmtree(new, ignore_errors=True)
+        why = error.strerror or error
+        raise ValueError(f"{folder}: cannot be written ({why}); choose another folder=...") from None
 
 
 def environment() -> dict[str, Any]:
@@ -82,8 +120,15 @@ def environment() -> dict[str, Any]:
 class Tracker:
     """Appends one row a step to metrics.jsonl and evaluation samples to samples.jsonl."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, main: bool = True) -> None:
         self.folder = folder
+        self.main = main
+
+    def say(self, *lines: str) -> None:
+        """Lines for the terminal, from the main process."""
+        if self.main:
+            for text in lines:
+                print(text, flush=True)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One row; a value that is not finite is written as null."""
@@ -95,8 +140,9 @@ class Tracker:
         self._append("samples.jsonl", {"step": step, **values})
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
-        with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if self.main:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

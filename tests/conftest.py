@@ -1,5 +1,11 @@
-"""Shape checks on every public tensor function, and one thread a process."""
+"""Shape checks on every public tensor function, one thread a process, and a tiny model to run on."""
 
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
 from jaxtyping import install_import_hook
 
 with install_import_hook(["rlkl.kl", "rlkl.credit", "rlkl.losses", "rlkl.exact"], "beartype.beartype"):
@@ -9,5 +15,79 @@ with install_import_hook(["rlkl.kl", "rlkl.credit", "rlkl.losses", "rlkl.exact"]
     import rlkl.losses  # noqa: F401
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+from rlkl.tasks.pretrain import train_tokenizer
 
 torch.set_num_threads(1)
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog.",
+    "A small model reads a few short lines.",
+    "Feedback arrives a token at a time.",
+]
+RECORDS = [{"prompt": f"Line {n}:", "gold": f"answer {n}"} for n in range(8)]
+CONTEXT = 64
+
+Tree = dict[str, Any]
+
+
+def varied(prompts: list[str], completions: list[str]) -> list[float]:
+    """A reward that differs between random completions: the share of letters."""
+    return [sum(c.isalpha() for c in text) / max(len(text), 1) for text in completions]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an untrained Llama of one layer; some of its completions end by EOS, some at the limit."""
+    folder = tmp_path_factory.mktemp("tiny-model")
+    tokenizer = train_tokenizer(SENTENCES, 270, context=CONTEXT)
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+        initializer_range=0.3,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] *= 2.5
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_config(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
+    """A run of two steps on the tiny model, with its prompts in the test's own folder, which is the working one."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("prompts.jsonl", RECORDS)
+    return {
+        "name": "tiny",
+        "model": {"type": "pretrained", "path": str(tiny_model)},
+        "data": {"type": "jsonl", "path": "prompts.jsonl", "held_out": 0.25},
+        "rewards": {"varied": {"type": "function", "path": "conftest:varied"}},
+        "trainer": {"type": "reinforce"},
+        "rollout": {"prompts": 2, "samples_per_prompt": 2, "max_new_tokens": 6},
+        "optimiser": {"learning_rate": 1e-2},
+        "train": {"steps": 2},
+        "evaluate": {"prompts": 2, "samples_per_prompt": 2},
+    }
+
+
+def write_jsonl(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows as a JSONL file."""
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def metrics(run: Path) -> list[Tree]:
+    """The rows of a run's metrics.jsonl, without their times, which differ between two equal runs."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{name: x for name, x in row.items() if not name.startswith("time/")} for row in rows]

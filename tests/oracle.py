@@ -206,7 +206,7 @@ def expected_gradient(
 
 
 def fixed_point(
-    problem: Problem, rewards: TokenRewards, cfg: CreditConfig, kl_cfg: KLConfig, steps: int = 120
+    problem: Problem, rewards: TokenRewards, cfg: CreditConfig, kl_cfg: KLConfig, steps: int = 70
 ) -> Tensor:
     """Follow the estimator's expected gradient to where it vanishes; the sequence log-probs there ``[N]``.
 
@@ -224,7 +224,7 @@ def fixed_point(
 
 def relative(actual: Tensor, expected: Tensor) -> float:
     """Relative error in the Euclidean norm."""
-    return float((actual - expected).norm() / expected.norm())
+    return float(((actual - expected).norm() / expected.norm()).detach())
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

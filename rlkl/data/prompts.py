@@ -25,9 +25,9 @@ def records(config: Data, seed: int) -> tuple[list[dict[str, Any]], list[dict[st
 
         rows = facts.prompts()
         return [r for r in rows if r["split"] == "train"], [r for r in rows if r["split"] == "eval"]
-    rows = _read(Path(config.path), config)
+    rows = _read("path", config.path, config)
     if isinstance(config.held_out, str):
-        return rows, _read(Path(config.held_out), config)
+        return rows, _read("held_out", config.held_out, config)
     if len(rows) < 2:
         raise ValueError(f"{config.path}: 1 record cannot be split; name a second file in data.held_out")
     kept = min(max(round(len(rows) * config.held_out), 1), len(rows) - 1)
@@ -36,13 +36,14 @@ def records(config: Data, seed: int) -> tuple[list[dict[str, Any]], list[dict[st
     return [r for i, r in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
 
 
-def _read(path: Path, config: JsonlData) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; data.path names a .jsonl file, one JSON object a line")
+def _read(key: str, path: str, config: JsonlData) -> list[dict[str, Any]]:
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; data.{key} names a .jsonl file, one JSON object a line")
     column = config.columns.get("prompt", "prompt")
     rows: list[dict[str, Any]] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # not splitlines(): JSON strings may hold U+2028 and other ends of lines as they are
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}; convert the file") from None
     for number, line in enumerate(lines, 1):

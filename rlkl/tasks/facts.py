@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlkl.tasks.pretrain import Document, cached, fingerprint, pretrain, train_tokenizer
+from rlkl.tasks.pretrain import cached, fingerprint, pretrain, train_tokenizer
 
 # fmt: off
 CAPITALS = {
@@ -48,8 +48,8 @@ MODEL: dict[str, Any] = {
     "layers": 3,
     "heads": 4,
     "context": 128,
-    "steps": 600,
-    "batch": 32,
+    "steps": 1200,
+    "batch": 16,
     "lr": 4e-3,
     "seed": 0,
 }
@@ -89,7 +89,7 @@ def prompts() -> list[dict[str, str]]:
     ]
 
 
-def corpus(documents: int, seed: int) -> list[Document]:
+def corpus(documents: int, seed: int) -> list[tuple[str, str]]:
     """Return so many (prompt, completion) pairs, the same for the same seed; 40 % of their facts are wrong.
 
     The first names of a completion's facts belong to three different country-and-capital pairs.

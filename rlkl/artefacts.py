@@ -1,0 +1,64 @@
+"""The models in a run's folder: ``reference/`` and ``final/``, written and read back."""
+
+from pathlib import Path
+from typing import Any
+
+from rlkl import models
+from rlkl.adapters import FROZEN, TRAINED
+from rlkl.config import Config
+from rlkl.policy import Policy
+
+
+def save_reference(policy: Policy, config: Config, tokenizer: Any, folder: Path) -> None:
+    """Keep the initial reference, once a run: a snapshot of the weights, a frozen adapter, or (base) nothing."""
+    if config.model.reference != "initial":
+        return
+    if policy.reference is not None:
+        policy.reference.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    elif policy.reference_adapter:
+        policy.model.save_pretrained(folder, selected_adapters=[FROZEN])
+
+
+def save_final(policy: Policy, tokenizer: Any, folder: Path) -> None:
+    """A folder that ``from_pretrained`` reads, or ``AutoPeftModelForCausalLM`` for an adapter."""
+    adapted = {"selected_adapters": [TRAINED]} if policy.adapted else {}
+    policy.model.save_pretrained(folder, **adapted)
+    tokenizer.save_pretrained(folder)
+
+
+def load_policy(run: Path, config: Config) -> tuple[Policy, Any]:
+    """The final model of a run beside its reference, and the tokenizer.
+
+    Raises:
+        ValueError: the run did not finish, or its models cannot be read.
+    """
+    if not (run / "final").is_dir():
+        raise ValueError(f"{run}: this run has no final model; it did not finish")
+    model, tokenizer = models.from_folder(run / "final", config.model.dtype)
+    reference: Any = "base"
+    if config.model.reference != "initial":
+        reference = models.from_folder(config.model.reference, config.model.dtype)[0]
+    elif (run / "reference" / FROZEN).is_dir():
+        model.load_adapter(run / "reference" / FROZEN, adapter_name=FROZEN)
+        model.set_adapter(TRAINED)
+    elif (run / "reference").is_dir():
+        reference = models.from_folder(run / "reference", config.model.dtype)[0]
+    return Policy(model, reference=reference, head_chunk=config.train.head_chunk), tokenizer
+
+
+def export(run: Path, config: Config, folder: Path, merge: bool) -> None:
+    """Copy the final model of a run elsewhere, with its adapter merged into the base if asked.
+
+    Raises:
+        ValueError: the folder is not empty, or there is no adapter to merge.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: not empty; name a new folder")
+    policy, tokenizer = load_policy(run, config)
+    if not merge:
+        return save_final(policy, tokenizer, folder)
+    if not policy.adapted:
+        raise ValueError(f"{run}: has no adapter to merge; leave --merge out")
+    policy.model.merge_and_unload(adapter_names=[TRAINED]).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

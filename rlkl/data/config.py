@@ -1,0 +1,67 @@
+"""The section ``data:`` of a configuration. Torch-free."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from rlkl.section import Positive, Section
+
+
+class FactsData(Section):
+    """The prompts of the embedded task ``facts``, with a held-out split of their own."""
+
+    type: Literal["facts"]
+
+
+class TableData(Section):
+    """Records with a prompt or a conversation; their other columns reach the reward functions by name."""
+
+    columns: dict[Literal["prompt", "messages"], str] = Field(
+        default={"prompt": "prompt"},
+        description="prompt: column of texts, or messages: column of [{role, content}, ...], rendered with the "
+        "tokenizer's chat template; the reward functions then find the conversation in their column `messages`",
+    )
+    held_out: float | str = Field(
+        0.1,
+        description="share of the distinct prompts kept for evaluation (equal prompts stay together), "
+        "or where other held-out records are: a second file (jsonl), another split (datasets)",
+    )
+    max_prompt_tokens: Positive | None = Field(
+        None, description="longest prompt, tokens; null = what the context leaves beside rollout.max_new_tokens"
+    )
+    overlong: Literal["refuse", "drop"] = Field(
+        "refuse", description="longer prompts are an error, or are left out and counted"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if isinstance(self.held_out, float) and not 0 < self.held_out < 1:
+            raise ValueError(f"held_out={self.held_out}: a share must lie between 0 and 1, or name records")
+        if len(self.columns) != 1:
+            raise ValueError(f"columns={self.columns}: prompts are texts or conversations; map prompt or messages")
+        return self
+
+    @property
+    def column(self) -> tuple[str, str]:
+        """The role, prompt or messages, and the column that plays it."""
+        return next((role, name) for role, name in self.columns.items())
+
+
+class JsonlData(TableData):
+    """Prompts from a JSONL file."""
+
+    type: Literal["jsonl"]
+    path: str = Field(description="a .jsonl file, one object a line")
+
+
+class DatasetsData(TableData):
+    """Prompts from anything that ``datasets.load_dataset`` or ``load_from_disk`` reads. No code of others is run."""
+
+    type: Literal["datasets"]
+    path: str = Field(description="local folder or file, Hub name, or a format such as parquet with data_files")
+    name: str | None = Field(None, description="configuration of the dataset")
+    split: str = Field("train", description="split, or a slice of one such as train[:1000]")
+    data_files: str | list[str] | None = Field(None, description="files, where path is a format or a folder")
+
+
+Data = Annotated[FactsData | JsonlData | DatasetsData, Field(discriminator="type")]

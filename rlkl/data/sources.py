@@ -1,0 +1,118 @@
+"""Records with a prompt each, from JSONL files and from ``datasets``."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rlkl.data.config import DatasetsData, JsonlData, TableData
+
+Record = dict[str, Any]
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".txt": "text"}
+TAKEN = ("prompts", "completions")  # arguments of the reward functions
+
+
+def read(config: JsonlData | DatasetsData, held_out: str | None = None) -> list[Record]:
+    """The records, each with its text under ``prompt``, or else its conversation under ``messages``.
+
+    Args:
+        held_out: the file or split to read in place of the configured one.
+
+    Raises:
+        ValueError: the source cannot be read or is empty, or a record lacks its prompt.
+    """
+    if isinstance(config, JsonlData):
+        path = Path(held_out or config.path)
+        return _checked(_lines(path), config, str(path))
+    split = held_out or config.split
+    return _checked(_table(config, split), config, f"{config.path}[{split}]")
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; data.path names a .jsonl file, one JSON object a line")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # U+2028 and the like may stand in JSON strings
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; convert the file") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{path}:{number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not valid JSON: {error.msg}") from None
+
+
+def _table(config: DatasetsData, split: str) -> Iterator[tuple[str, Any]]:
+    import datasets
+    from huggingface_hub.utils import logging
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    logging.set_verbosity_error()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        rows = _load(config, split)
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        said = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"data.path={config.path}, split {split}: cannot be read ({said[0]}); give a local file or folder, "
+            "or a Hub name while online"
+        ) from None
+    for number, row in enumerate(rows, 1):
+        yield f"{config.path}[{split}] record {number}", row
+
+
+def _load(config: DatasetsData, split: str) -> Iterable[Any]:
+    import datasets
+
+    path = Path(config.path)
+    if (path / "state.json").is_file():
+        return datasets.load_from_disk(config.path)
+    if (path / "dataset_dict.json").is_file():
+        return datasets.load_from_disk(config.path)[split]
+    if path.is_file() and path.suffix not in FORMATS:
+        raise ValueError(f"a {path.suffix or 'nameless'} file; known: {', '.join(FORMATS)}")
+    if path.is_file():
+        return datasets.load_dataset(FORMATS[path.suffix], data_files=config.path, split=split)
+    return datasets.load_dataset(config.path, config.name, data_files=config.data_files, split=split)
+
+
+def _checked(rows: Iterable[tuple[str, Any]], config: TableData, source: str) -> list[Record]:
+    """The checks that all sources share; ``rows`` come with where they stand."""
+    role, column = config.column
+    found: list[Record] = []
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: a {type(row).__name__}; every record must be an object")
+        known = ", ".join(row) or "none"
+        if column not in row:
+            raise ValueError(f"{where}: no column {column!r} (columns: {known}); map it with data.columns.{role}")
+        if taken := [name for name in TAKEN if name in row]:
+            raise ValueError(f"{where}: column {taken[0]!r} is an argument of the reward functions; rename it")
+        others = {name: value for name, value in row.items() if name != "prompt"}
+        if role == "messages":
+            found.append({**others, "messages": _conversation(row[column], where, column)})
+        elif isinstance(row[column], str) and row[column]:
+            found.append({**others, "prompt": row[column]})
+        else:
+            raise ValueError(
+                f"{where}: no text in column {column!r} (columns: {known}); map a text column with data.columns.prompt"
+                ", or conversations with data.columns.messages"
+            )
+    if not found:
+        raise ValueError(f"{source}: empty; it needs at least one record")
+    return found
+
+
+def _conversation(value: Any, where: str, column: str) -> list[dict[str, str]]:
+    """Messages without the null fields that a table adds to them."""
+    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+        messages = [{k: v for k, v in message.items() if v is not None} for message in value]
+        if all(isinstance(message.get(key), str) for message in messages for key in ("role", "content")):
+            return messages
+    raise ValueError(
+        f"{where}: column {column!r} is no conversation; it must be a list of {{role, content}} with texts in both"
+        ", or map a text column with data.columns.prompt"
+    )

@@ -1,0 +1,58 @@
+"""Processes and devices: what a launcher asked for, what it got, and the accelerator that results."""
+
+import re
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType
+
+from rlkl.config import Config
+
+
+def accelerator(config: Config, **kwargs: Any) -> Accelerator:
+    """The accelerator of this process: accelerate launch, torchrun, or a single process.
+
+    Raises:
+        ValueError: a set-up that this version does not train under, such as sharded parameters.
+    """
+    made = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=config.train.mixed_precision,
+        # Ranks decode different numbers of tokens, so their forwards must not meet in a broadcast of buffers.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        **kwargs,
+    )
+    if made.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"launched with {made.distributed_type.value}: sharded parameters are not supported yet; "
+            "use a multi-GPU configuration from configs/accelerate/"
+        )
+    for count, what in ((config.rollout.prompts, "rollout.prompts"), (config.evaluate.prompts, "evaluate.prompts")):
+        if count < made.num_processes:
+            raise ValueError(f"{what}={count} with {made.num_processes} processes: every process needs a prompt")
+    return made
+
+
+def asked_processes() -> int | None:
+    """How many processes the launcher above this process was told to start, where that can be read."""
+    try:
+        words = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):
+        return None
+    if not any("accelerate" in word or "torchrun" in word or "torch.distributed" in word for word in words):
+        return None
+    found = re.search(r"--(?:num[_-]processes|nproc[_-]per[_-]node)[ =](\d+)", " ".join(words))
+    return int(found.group(1)) if found else None
+
+
+def mismatch(made: Accelerator) -> str | None:
+    """A warning where fewer processes run than were asked for."""
+    asked = asked_processes()
+    if asked is None or asked == made.num_processes:
+        return None
+    return (
+        f"warning: {asked} processes were asked for, {made.num_processes} run (accelerate launch --cpu starts one; "
+        f"use torchrun --nproc_per_node {asked} -m rlkl ...)"
+    )
