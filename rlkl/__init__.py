@@ -4,7 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlkl import telemetry
+
 __version__ = "0.1.0"
+
+telemetry.switch_off()
 
 
 class RunError(RuntimeError):

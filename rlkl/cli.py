@@ -33,10 +33,12 @@ def train(
 
         print(describe(load(config, overrides or [])))
         return
+    from rlkl.launch import close
     from rlkl.loop import train as run
 
     try:
         run(config, overrides or [], overwrite=overwrite)
+        close()
     except Exception:
         if debug:
             traceback.print_exc()
@@ -46,7 +48,7 @@ def train(
 @app.command()
 def sample(
     run: Annotated[str, typer.Argument(help="the folder of a finished run")],
-    prompt: Annotated[list[str] | None, typer.Option(help="a prompt of yours; may be repeated")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="a prompt of yours (what a user says, in a chat); may be repeated")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="how many held-out prompts, where you give none")] = 3,
     samples: Annotated[int, typer.Option(min=1, help="completions a prompt")] = 2,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
@@ -85,6 +87,26 @@ def export(
 
 
 @app.command()
+def dashboard(
+    runs: Annotated[list[str] | None, typer.Argument(help="folders of runs; the first names the project")] = None,
+    rebuild: Annotated[bool, typer.Option(help="fill the dashboards of these runs anew from their files")] = False,
+    with_: Annotated[list[str] | None, typer.Option("--with", help="rebuild this one instead of log.with")] = None,
+) -> None:
+    """Open trackio's page on this machine, or rebuild dashboards from metrics.jsonl and samples.jsonl."""
+    from rlkl import dashboards
+    from rlkl.config import LogConfig
+    from rlkl.runs import read_config
+
+    if (rebuild or with_) and not (rebuild and runs):
+        raise ValueError("rlkl dashboard: --rebuild needs the folders of runs, and --with needs --rebuild")
+    if rebuild:
+        for run in runs or []:
+            print("\n".join(dashboards.rebuild(run, with_ or ())))
+        return
+    dashboards.show(read_config(runs[0]).log.project if runs else LogConfig().project)
+
+
+@app.command()
 def doctor() -> None:
     """Say what this installation can do, and what is missing."""
     from rlkl.doctor import report
@@ -109,12 +131,13 @@ def main(argv: list[str] | None = None) -> int:
         command = context.command_path if context else "rlkl"
         return _say(f"{' '.join(error.format_message().split()).rstrip('.')}; see {command} --help", 2)
     except (typer.Abort, KeyboardInterrupt):
-        print("rlkl: interrupted", file=sys.stderr)
-        return 130
+        result = 130
     except ValueError as error:
         return _say(str(error), 2)
     except RunError as error:
         return _say(str(error), 1)
+    if result == 130:  # typer's answer to Ctrl-C too
+        return _say("interrupted", 130)
     return result if isinstance(result, int) else 0
 
 

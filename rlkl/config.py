@@ -3,11 +3,13 @@
 Every key has its default, unit and constraint here; ``rlkl.settings`` reads YAML and overrides into it.
 """
 
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
+from rlkl.data.config import Data
+from rlkl.section import Positive, Section
 
 GRADIENT: dict[tuple[str, str], str] = {
     ("reward", "k1"): "reverse KL of the sequence (window=full); token-conditional reverse KL (window=own)",
@@ -30,12 +32,6 @@ REFUSED: dict[tuple[str, str], str] = {
     ("reward", "exact_local"): "its gradient is biased: it misses the own token",
 }
 """Why the other combinations are not offered."""
-
-
-class Section(BaseModel):
-    """A section: unknown keys are errors, values are checked, nothing changes after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class LoraConfig(Section):
@@ -87,31 +83,6 @@ class TinyModel(ModelSection):
     context: int = Field(256, ge=16, description="tokens")
     steps: Positive = 300
     learning_rate: float = Field(3e-3, gt=0)
-
-
-class FactsData(Section):
-    """The prompts of the embedded task ``facts``, with a held-out split of their own."""
-
-    type: Literal["facts"]
-
-
-class JsonlData(Section):
-    """Prompts from a JSONL file. Columns that are not mapped reach the reward functions by name."""
-
-    type: Literal["jsonl"]
-    path: str = Field(description="a .jsonl file, one object a line")
-    columns: dict[Literal["prompt"], str] = Field(
-        default={"prompt": "prompt"}, description="role -> column name in the file"
-    )
-    held_out: float | str = Field(
-        0.1, description="share of the records kept for evaluation, or the path of a second file"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if isinstance(self.held_out, float) and not 0 < self.held_out < 1:
-            raise ValueError(f"held_out={self.held_out}: a share must lie between 0 and 1, or name a file")
-        return self
 
 
 class FunctionSource(Section):
@@ -220,7 +191,18 @@ class RolloutConfig(Section):
     samples_per_prompt: Positive = Field(4, description="completions a prompt")
     max_new_tokens: Positive = 64
     temperature: float = Field(1.0, gt=0, description="divides policy and reference logits alike")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="texts that end a completion and are no part of its text; the token that completes one trains"
+    )
+    record: bool = Field(False, description="keep the samples of every step in the run's rollouts/")
+    replay: str | None = Field(None, description="folder of a recorded run, whose samples take the place of new ones")
     micro_batch: Positive = Field(256, description="completions sampled together; changes memory, not results")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.record and self.replay is not None:
+            raise ValueError(f"record=true with replay={self.replay}: the samples are recorded there; set record=false")
+        return self
 
 
 class OptimiserConfig(Section):
@@ -263,10 +245,16 @@ class LogConfig(Section):
 
     every: Positive = Field(5, description="steps between two lines on the terminal")
     samples: int = Field(2, ge=0, description="completions shown and written at every evaluation")
+    with_: list[Literal["trackio", "wandb", "tensorboard"]] = Field(
+        default=["trackio"], alias="with", description="dashboards beside metrics.jsonl; [] = none"
+    )
+    project: str = Field("rlkl", pattern=r"^[\w-]+$", description="the project's name in the dashboards")
+    group: str | None = Field(None, description="runs that belong together, in trackio and wandb")
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_by_name=True)
 
 
 Model = Annotated[PretrainedModel | FactsModel | TinyModel, Field(discriminator="type")]
-Data = Annotated[FactsData | JsonlData, Field(discriminator="type")]
 Source = Annotated[FunctionSource, Field()]
 TrainerConfig = Annotated[ReinforceTrainer, Field()]
 
@@ -291,6 +279,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        for name in self.rewards:
+            if not re.fullmatch(r"[\w.-]+", name) or name in ("total", "queries") or name.endswith("_stderr"):
+                raise ValueError(f"rewards.{name}: the metrics need this name, or it has odd characters; take another")
         window = self.kl.resolved_window(self.credit.horizon)
         if self.credit.advantage == "gae" and self.kl.placement == "reward" and window != "full":
             raise ValueError(f"kl.window={window} with credit.advantage=gae: GAE has no window; use window=full")

@@ -4,7 +4,7 @@ The randomness is the same at every evaluation, so that two evaluations differ b
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ def evaluate(
     samples_per_prompt: int,
     max_new_tokens: int,
     eos_ids: list[int],
+    stop: Sequence[str] = (),
     seed: int,
     micro_batch: int = 64,
 ) -> Evaluation:
@@ -51,6 +52,7 @@ def evaluate(
         samples_per_prompt=samples_per_prompt,
         max_new_tokens=max_new_tokens,
         eos_ids=eos_ids,
+        stop=stop,
         seed=seed,
         step=0,
         stream=EVALUATE,

@@ -1,12 +1,14 @@
 """A lane: all the state of one run, and how it is built from its configuration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
-from rlkl import models, rewards
+from rlkl import models, recording, rewards, tracking
 from rlkl.config import Config
 from rlkl.data.prompts import PromptSet, records
 from rlkl.policy import Policy
@@ -36,6 +38,7 @@ class Lane:
     forward: Any = None
     rank: int = 0
     ranks: int = 1
+    signature: recording.Signature | None = None
 
     def place(self, accelerator: Accelerator) -> None:
         """Move to the accelerator's device. ``forward`` is the prepared policy, the only one to be called."""
@@ -59,11 +62,13 @@ def build(config: Config) -> Lane:
     """
     reward = rewards.build(config.rewards)
     train_rows, held_rows = records(config.data, config.seed)
-    model, reference, tokenizer = models.load(config.model, train_rows)
+    model, reference, tokenizer = models.load(config.model, train_rows, config.seed)
     context, length = models.context_length(model), config.rollout.max_new_tokens
     train_prompts, held = (
-        PromptSet.tokenise(rows, tokenizer, config.seed, context, length) for rows in (train_rows, held_rows)
+        PromptSet.tokenise(rows, tokenizer, config.seed, context, length, config.data)
+        for rows in (train_rows, held_rows)
     )
+    train_prompts = replace(train_prompts, dropped=train_prompts.dropped + held.dropped)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(
@@ -86,9 +91,25 @@ def build(config: Config) -> Lane:
         eos_ids=models.eos_ids(model, tokenizer),
         optimiser=torch.optim.AdamW(trained, lr=o.learning_rate, weight_decay=o.weight_decay, betas=o.betas),
         beta=config.kl.beta,
+        signature=recording.check(config, train_prompts),
     )
     reward.probe(draw(lane, lane.held_out.first(4), step=0, stream=EVALUATE))
     return lane
+
+
+def collect(lane: Lane, step: int) -> Rollout:
+    """The training samples of a step, of this process: sampled, and recorded if asked; or replayed."""
+    config = lane.config
+    if config.rollout.replay is not None:
+        whole = recording.load(Path(config.rollout.replay), step, lane.signature, lane.tokenizer)
+        return recording.share(whole, lane.rank, lane.ranks).to(next(lane.policy.parameters()).device)
+    prompts = lane.train_prompts.batch(step, config.rollout.prompts)
+    rollout = draw(lane, prompts.part(lane.rank, lane.ranks), step)
+    if lane.signature is not None:
+        parts = gather_object([replace(rollout.to(torch.device("cpu")), decode=None)])
+        if lane.rank == 0:
+            recording.save(recording.joined(parts), tracking.run_folder(config), step, lane.signature)
+    return rollout
 
 
 def draw(lane: Lane, prompts: Prompts, step: int, stream: int = TRAIN) -> Rollout:
@@ -100,6 +121,7 @@ def draw(lane: Lane, prompts: Prompts, step: int, stream: int = TRAIN) -> Rollou
         samples_per_prompt=config.samples_per_prompt,
         max_new_tokens=config.max_new_tokens,
         eos_ids=lane.eos_ids,
+        stop=config.stop,
         seed=lane.config.seed,
         step=step,
         stream=stream,

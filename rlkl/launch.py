@@ -5,7 +5,9 @@ from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from rlkl.config import Config
@@ -17,6 +19,7 @@ def accelerator(config: Config, **kwargs: Any) -> Accelerator:
     Raises:
         ValueError: a set-up that this version does not train under, such as sharded parameters.
     """
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     made = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=config.train.mixed_precision,
@@ -35,11 +38,19 @@ def accelerator(config: Config, **kwargs: Any) -> Accelerator:
     return made
 
 
+def close() -> None:
+    """Leave together: a rank that goes first would tear down connections that others still use."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def asked_processes() -> int | None:
     """How many processes the launcher above this process was told to start, where that can be read."""
     try:
-        words = psutil.Process().parent().cmdline()
-    except (psutil.Error, AttributeError):
+        parent = psutil.Process().parent()
+        words = parent.cmdline() if parent else []
+    except psutil.Error:
         return None
     if not any("accelerate" in word or "torchrun" in word or "torch.distributed" in word for word in words):
         return None

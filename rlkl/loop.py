@@ -13,13 +13,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rlkl import RunError, artefacts, credit, kl, launch, plots, settings, terminal, tracking
+from rlkl import RunError, artefacts, credit, dashboards, kl, launch, plots, settings, terminal, tracking
 from rlkl.config import Config, KLConfig, OptimiserConfig
 from rlkl.evaluate import Evaluation, chunks, evaluate, join, sample_rows
-from rlkl.lane import Lane, build, draw
+from rlkl.lane import Lane, build, collect
 from rlkl.reduce import finish, global_sum, masked_mean, masked_std
+from rlkl.screen import Screen
 from rlkl.trainers import Reinforce
-from rlkl.types import Batch, Metrics, PolicyOutput, Rollout, TokenRewards
+from rlkl.types import Batch, End, Metrics, PolicyOutput, Rollout, TokenRewards
 
 
 def train(
@@ -32,17 +33,21 @@ def train(
         RunError: the run could not go on; the traceback is in its error.txt.
     """
     config = settings.load(source, overrides)
+    dashboards.check(config.log)
     accelerator = launch.accelerator(config)
     folder = tracking.run_folder(config)
     tracking.check_folder(folder, overwrite)
     with accelerator.main_process_first():  # an embedded model is trained once
         lane = build(config)
-    with tracking.claim(folder, overwrite, accelerator.is_main_process):
-        if accelerator.is_main_process:
+    main = accelerator.is_main_process
+    with tracking.claim(folder, overwrite, main):
+        if main:
+            dashboards.forget(folder)
             tracking.create_folder(folder, config)
         accelerator.wait_for_everyone()
         try:
-            run([lane], [tracking.Tracker(folder, accelerator.is_main_process)], accelerator)
+            with dashboards.opened(folder, config, main) as copies, Screen(main, config.train.steps) as screen:
+                run([lane], [tracking.Tracker(folder, main, screen, copies)], accelerator)
         except Exception as error:
             (folder / "error.txt").write_text(traceback.format_exc())
             said = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
@@ -56,10 +61,11 @@ def run(lanes: list[Lane], trackers: list[tracking.Tracker], accelerator: Accele
     before = []
     for lane, tracker in pairs:
         lane.place(accelerator)
-        tracker.say(*terminal.notices(lane, accelerator))
+        tracker.say(*terminal.notices(lane, accelerator), *tracker.notes)
         if tracker.main:
             artefacts.save_reference(lane.policy, lane.config, lane.tokenizer, tracker.folder / "reference")
         before.append(assess(lane, tracker, 0))
+        tracker.say(*terminal.guidance(lane.config, before[-1]))
         check_start(lane, before[-1])
     after = before
     for step in range(1, max(lane.config.train.steps for lane in lanes) + 1):
@@ -75,12 +81,11 @@ def run(lanes: list[Lane], trackers: list[tracking.Tracker], accelerator: Accele
 
 def advance(lane: Lane, tracker: tracking.Tracker, step: int, accelerator: Accelerator) -> Evaluation | None:
     """One training step of a lane, with its line, its row and, when due, its evaluation."""
-    total, log = lane.config.train.steps, lane.config.log
+    total = lane.config.train.steps
     if step > total:
         return None
     metrics = train_step(lane, step, accelerator)
-    if step % log.every == 0 or step == total:
-        tracker.say(terminal.line(step, total, metrics))
+    tracker.screen.step(step, metrics, lane.config.log.every)
     if step % lane.config.evaluate.every == 0 or step == total:
         return assess(lane, tracker, step, metrics)
     tracker.metrics(step, metrics)
@@ -90,8 +95,7 @@ def advance(lane: Lane, tracker: tracking.Tracker, step: int, accelerator: Accel
 def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, float]:
     """One step; the flow of the whole project, top to bottom."""
     config, clock = lane.config, Stopwatch()
-    prompts = lane.train_prompts.batch(step, config.rollout.prompts).part(lane.rank, lane.ranks)
-    rollout = draw(lane, prompts, step)
+    rollout = collect(lane, step)
     clock.lap("sample")
     try:
         rewards = lane.reward(rollout)
@@ -188,7 +192,7 @@ def step_metrics(rollout: Rollout, rewards: TokenRewards, batch: Batch, scored: 
     values = {
         "reward/train/total": masked_mean(rewards.value_BT.sum(-1), everyone),
         "policy/length": masked_mean(rollout.length_B.float(), everyone),
-        "policy/terminated": masked_mean((rollout.end_B == 0).float(), everyone),
+        "policy/terminated": masked_mean((rollout.end_B != End.LIMIT).float(), everyone),
         "policy/sampling_gap": masked_mean(gap_BT, mask_BT),
         "credit/advantage_std": masked_std(batch.adv_BT, mask_BT),
         "credit/return": masked_mean(batch.return_BT, mask_BT),
@@ -209,6 +213,7 @@ def assess(lane: Lane, tracker: tracking.Tracker, step: int, metrics: Mapping[st
             samples_per_prompt=config.evaluate.samples_per_prompt,
             max_new_tokens=config.rollout.max_new_tokens,
             eos_ids=lane.eos_ids,
+            stop=config.rollout.stop,
             seed=config.seed,
             micro_batch=config.train.micro_batch,
         )
@@ -216,9 +221,9 @@ def assess(lane: Lane, tracker: tracking.Tracker, step: int, metrics: Mapping[st
         raise RunError(f"evaluation at step {step}: {error}") from error
     took = {"time/evaluate": time.perf_counter() - started}
     tracker.metrics(step, {**(metrics or {}), **result.metrics, **took})
-    for row in itertools.islice(sample_rows(result), config.log.samples):
-        tracker.sample(step, row)
-    tracker.say(terminal.evaluation_line(step, result.metrics))
+    rows = list(itertools.islice(sample_rows(result), config.log.samples))
+    tracker.samples(step, rows)
+    tracker.say(terminal.evaluation_line(step, result.metrics), *terminal.samples(rows))
     return result
 
 

@@ -6,6 +6,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import huggingface_hub.utils.logging as hub_logging
+import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
@@ -13,10 +14,10 @@ from transformers.utils import logging
 from rlkl.config import FactsModel, LoraConfig, Model, ModelSection, TinyModel
 
 
-def load(config: Model, records: Sequence[dict[str, Any]]) -> tuple[Any, Any, Any]:
+def load(config: Model, records: Sequence[dict[str, Any]], seed: int = 0) -> tuple[Any, Any, Any]:
     """The model (with its adapter, if any), a reference of its own or None, and the tokenizer.
 
-    ``records`` are the training prompts, on whose columns ``type: tiny`` is trained.
+    ``records`` are the training prompts, on whose columns ``type: tiny`` is trained; ``seed`` draws a fresh adapter.
 
     Raises:
         ValueError: a model cannot be loaded, or has no tokenizer; an adapter does not fit.
@@ -24,7 +25,9 @@ def load(config: Model, records: Sequence[dict[str, Any]]) -> tuple[Any, Any, An
     path = _path(config, records)
     model, tokenizer = from_folder(path, config.dtype)
     if config.lora is not None:
-        model = add_adapter(model, config.lora, str(path))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = add_adapter(model, config.lora, str(path))
     reference = None if config.reference == "initial" else from_folder(config.reference, config.dtype)[0]
     return model, reference, tokenizer
 
@@ -108,7 +111,7 @@ def _tiny(config: TinyModel, records: Sequence[dict[str, Any]]) -> Path:
     }
 
     def build(folder: Path) -> None:
-        tokenizer = pretrain.train_tokenizer(texts, config.vocabulary)
+        tokenizer = pretrain.train_tokenizer(texts, config.vocabulary, context=config.context)
         model = pretrain.pretrain(
             texts,
             tokenizer,

@@ -45,6 +45,7 @@ def evaluate_run(run: str | Path, prompts: int | None, samples: int | None, seed
         samples_per_prompt=samples or config.evaluate.samples_per_prompt,
         max_new_tokens=config.rollout.max_new_tokens,
         eos_ids=models.eos_ids(policy.model, tokenizer),
+        stop=config.rollout.stop,
         seed=config.seed if seed is None else seed,
         micro_batch=config.train.micro_batch,
     ).metrics
@@ -53,13 +54,16 @@ def evaluate_run(run: str | Path, prompts: int | None, samples: int | None, seed
 def sample_run(run: str | Path, given: Sequence[str], prompts: int, samples: int, seed: int) -> Iterator[str]:
     """Completions of the given prompts, or of the run's first held-out ones, a printable block a prompt."""
     config, policy, tokenizer = open_run(run)
-    chosen = _held_out(config, policy.model, tokenizer, [{"prompt": text} for text in given])
+    chat = config.data.type != "facts" and "messages" in config.data.columns
+    asked = [{"messages": [{"role": "user", "content": t}]} if chat else {"prompt": t} for t in given]
+    chosen = _held_out(config, policy.model, tokenizer, asked)
     rollout = sample(
         policy,
         chosen.take(range(len(given) or min(prompts, len(chosen.ids)))),
         samples_per_prompt=samples,
         max_new_tokens=config.rollout.max_new_tokens,
         eos_ids=models.eos_ids(policy.model, tokenizer),
+        stop=config.rollout.stop,
         seed=seed,
         step=0,
     )
@@ -76,6 +80,8 @@ def export_run(run: str | Path, folder: str | Path, merge: bool) -> None:
 
 def _held_out(config: Config, model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]] | None = None) -> PromptSet:
     """The held-out prompts of a run, or ``rows`` in their place."""
-    rows = rows or records(config.data, config.seed)[1]
-    context = models.context_length(model)
-    return PromptSet.tokenise(rows, tokenizer, config.seed, context, config.rollout.max_new_tokens)
+    context, length = models.context_length(model), config.rollout.max_new_tokens
+    if rows:
+        return PromptSet.tokenise(rows, tokenizer, config.seed, context, length)
+    held = records(config.data, config.seed)[1]
+    return PromptSet.tokenise(held, tokenizer, config.seed, context, length, config.data)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlkl.policy import DecodeState, Policy
+from rlkl.stopping import StopStrings
 from rlkl.types import End, Rollout
 
 TRAIN, EVALUATE = 0, 1  # streams of randomness
@@ -63,6 +64,7 @@ def sample(
     samples_per_prompt: int,
     max_new_tokens: int,
     eos_ids: Sequence[int],
+    stop: Sequence[str] = (),
     seed: int,
     step: int,
     stream: int = TRAIN,
@@ -71,8 +73,9 @@ def sample(
 ) -> Rollout:
     """G completions a prompt, with the log-probs (nats, at ``temperature``) under which they were drawn.
 
-    A completion ends with the first of ``eos_ids``, kept as a policy token (``End.EOS``), or after
-    ``max_new_tokens`` (``End.LIMIT``). Sample i of the step is the (i mod G)-th of its prompt.
+    A completion ends with the first of ``eos_ids`` (``End.EOS``) or the token that completes one of the ``stop``
+    strings (``End.STOP``), kept as a policy token, or after ``max_new_tokens`` (``End.LIMIT``). Sample i of the step
+    is the (i mod G)-th of its prompt.
     """
     repeat = [p for p in range(len(prompts.ids)) for _ in range(samples_per_prompt)]
     device = next(policy.parameters()).device
@@ -81,44 +84,46 @@ def sample(
         [prompts.group[p] * samples_per_prompt + k % samples_per_prompt for k, p in enumerate(repeat)]
     )
     u_BT = uniforms(seed, stream, step, sample_id_B, max_new_tokens)
-    tokens, logps = [], []
+    assert not stop or prompts.decode is not None, "stop strings need a tokenizer"
+    stops = StopStrings(stop, prompts.decode) if stop and prompts.decode else None
+    parts = []
     training = policy.training
     policy.eval()  # gradient checkpointing would switch the cache off; dropout is off in any case
     for start in range(0, len(repeat), micro_batch):
         rows = slice(start, start + micro_batch)
         state = DecodeState.start(prompt_BP[rows].to(device), prompt_length_B[rows].to(device), temperature)
-        token_BT, logp_BT = _decode(policy, state, u_BT[rows].to(device), eos_ids)
-        tokens.append(token_BT.cpu())
-        logps.append(logp_BT.cpu())
+        parts.append([x.cpu() for x in _decode(policy, state, u_BT[rows].to(device), eos_ids, stops)])
     policy.train(training)
-    tokens_BT, logp_BT = torch.cat(tokens), torch.cat(logps)
-    ended_BT = torch.isin(tokens_BT, torch.tensor(list(eos_ids), dtype=torch.long))
-    first_B = torch.where(ended_BT.any(1), ended_BT.int().argmax(1) + 1, max_new_tokens)
-    width = int(first_B.max())
-    mask_BT = torch.arange(width) < first_B[:, None]
+    tokens_BT, logp_BT, length_B, end_B = (torch.cat(x) for x in zip(*parts, strict=True))
+    width = int(length_B.max())
+    mask_BT = torch.arange(width) < length_B[:, None]
     return Rollout(
         prompt_BP=prompt_BP,
         prompt_length_B=prompt_length_B,
         tokens_BT=tokens_BT[:, :width] * mask_BT,
-        length_B=first_B,
+        length_B=length_B,
         policy_mask_BT=mask_BT,
-        end_B=torch.where(ended_BT.any(1), int(End.EOS), int(End.LIMIT)),
+        end_B=end_B,
         behaviour_logp_BT=logp_BT[:, :width] * mask_BT,
         temperature=temperature,
         group_B=torch.tensor([prompts.group[p] for p in repeat]),
         sample_id_B=sample_id_B,
         columns={name: [values[p] for p in repeat] for name, values in prompts.columns.items()},
         decode=prompts.decode,
+        stop=tuple(stop),
     ).to(device)
 
 
-def _decode(policy: Policy, state: DecodeState, u_BT: Tensor, eos_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Decode until every row has ended; what a row holds after its EOS means nothing."""
+def _decode(
+    policy: Policy, state: DecodeState, u_BT: Tensor, eos_ids: Sequence[int], stops: StopStrings | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, log-probs, lengths and ends, decoded until every row has ended; what follows an end means nothing."""
     rows, length = u_BT.shape
     token_BT = torch.zeros(rows, length, dtype=torch.long, device=u_BT.device)
     logp_BT = torch.zeros(rows, length, device=u_BT.device)
     eos = torch.tensor(list(eos_ids), dtype=torch.long, device=u_BT.device)
-    done_B = torch.zeros(rows, dtype=torch.bool, device=u_BT.device)
+    length_B = torch.full((rows,), length, device=u_BT.device)
+    end_B = torch.full((rows,), int(End.LIMIT), device=u_BT.device)
     for t in range(length):
         logp_BV = policy(state).get("next_logp_BV")
         token_B = inverse_cdf(logp_BV, u_BT[:, t])
@@ -126,11 +131,15 @@ def _decode(policy: Policy, state: DecodeState, u_BT: Tensor, eos_ids: Sequence[
             logp_BT = logp_BT.to(logp_BV.dtype)
         token_BT[:, t] = token_B
         logp_BT[:, t] = logp_BV.gather(1, token_B[:, None]).squeeze(1)
-        done_B |= torch.isin(token_B, eos)
-        if bool(done_B.all()):
+        open_B = end_B == End.LIMIT
+        end_B[open_B & torch.isin(token_B, eos)] = int(End.EOS)
+        if stops is not None:
+            end_B[stops.completed(token_BT[:, : t + 1], end_B == End.LIMIT)] = int(End.STOP)
+        length_B[open_B & (end_B != End.LIMIT)] = t + 1
+        if bool((end_B != End.LIMIT).all()):
             break
         state.append(token_B)
-    return token_BT, logp_BT
+    return token_BT, logp_BT, length_B, end_B
 
 
 def pad(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,7 +30,10 @@ def load(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[st
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     except ValidationError as error:
-        raise ValueError("\n".join(dict.fromkeys(_explain(e) for e in error.errors()))) from None
+        said: dict[str, list[str]] = {}  # a value that fits no kind of its union fails once for every kind
+        for key, what in map(_explain, error.errors()):
+            said.setdefault(key, []).append(what)
+        raise ValueError("\n".join(key + ", or ".join(whats) for key, whats in said.items())) from None
 
 
 def _read(path: Path) -> DictConfig:
@@ -62,33 +66,31 @@ def _apply(tree: DictConfig, override: str) -> None:
         raise ValueError(f"{override}: {str(error).splitlines()[0]}") from None
 
 
-def _explain(error: Any) -> str:
-    """One pydantic error as ``key: what is wrong, what to do``."""
-    where, model = _locate(error["loc"])
+def _explain(error: Any) -> tuple[str, str]:
+    """One pydantic error as ``key: `` or ``key=value: ``, and what is wrong and to be done."""
+    where, models = _locate(error["loc"])
     key = ".".join(where) or "configuration"
     kind, given = error["type"], error["input"]
     if kind == "extra_forbidden":
-        known = [f.alias or n for n, f in model.model_fields.items()]
+        known = [f.alias or n for n, f in models[0].model_fields.items()]
         close = difflib.get_close_matches(where[-1], known, n=1)
         prefix = "".join(f"{part}." for part in where[:-1])
         hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(known)}"
-        return f"{key}: unknown key, {hint}"
+        return f"{key}: ", f"unknown key, {hint}"
     if kind == "missing":
-        return f"{key}: missing; this key has no default"
+        return f"{key}: ", "missing; this key has no default"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        tags = error["ctx"].get("expected_tags")
-        return f"{key}.type: {'missing' if tags is None else given.get('type')!s}; give " + (
-            f"one of {tags}" if tags else "the type of this section"
-        )
+        tags = ", ".join(repr(_tag(model)) for model in models)
+        return f"{key}.type: ", f"{given.get('type') or 'missing'}; give one of {tags}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:] if kind != "value_error" else message
     if kind == "value_error":
-        return message if key == "configuration" else f"{key}: {message}"
-    return f"{key}={given!r}: {message}"
+        return "" if key == "configuration" else f"{key}: ", message
+    return f"{key}={given!r}: ", message
 
 
-def _locate(loc: tuple[Any, ...]) -> tuple[list[str], type[BaseModel]]:
-    """The key path as written in YAML (without union tags) and the model that holds its last part."""
+def _locate(loc: tuple[Any, ...]) -> tuple[list[str], list[type[BaseModel]]]:
+    """The key path as written in YAML (without union tags) and the models that may hold its last part."""
     where: list[str] = []
     model: Any = Config
     for part in loc:
@@ -96,6 +98,8 @@ def _locate(loc: tuple[Any, ...]) -> tuple[list[str], type[BaseModel]]:
         if tagged and not _is_single(model):
             model = tagged[0]
             continue
+        if get_origin(model) in (Union, UnionType) and not _members(model):
+            continue  # the name of a plain type in a union such as float | str
         where.append(str(part))
         holder = model if isinstance(model, type) and issubclass(model, BaseModel) else None
         if holder is not None:
@@ -108,8 +112,7 @@ def _locate(loc: tuple[Any, ...]) -> tuple[list[str], type[BaseModel]]:
             model = inner[-1] if inner else model
         if len(_members(model)) == 1:
             model = _members(model)[0]
-    members = _members(model)
-    return where, members[0] if members else Config
+    return where, _members(model) or [Config]
 
 
 def _members(annotation: Any) -> list[type[BaseModel]]:

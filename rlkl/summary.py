@@ -1,27 +1,35 @@
-"""What ``--dry-run`` prints. Torch-free."""
+"""The arithmetic of a run, and what ``--dry-run`` prints. Torch-free."""
 
 import yaml
 
+from rlkl import memory
 from rlkl.config import GRADIENT, Config, dump
 
 
 def describe(config: Config) -> str:
-    """The resolved configuration and the arithmetic of its batches."""
+    """The resolved configuration, the arithmetic of its batches, and the memory that they need."""
+    rule = (
+        f"KL:          {config.kl.estimator} in the {config.kl.placement}, "
+        f"window {config.kl.resolved_window(config.credit.horizon)}; "
+        f"gradient: {GRADIENT[config.kl.placement, config.kl.estimator]}"
+    )
+    tree = yaml.safe_dump(dump(config), sort_keys=False, allow_unicode=True)
+    first, *table = memory.lines(config)
+    return "\n".join([tree, *(f"# {text}" for text in [*arithmetic(config), rule, f"memory:      {first}", *table])])
+
+
+def arithmetic(config: Config, ranks: int = 1) -> list[str]:
+    """Completions and tokens of a step and of the whole run, and what each of ``ranks`` processes does of them."""
     r, e = config.rollout, config.evaluate
     batch = r.prompts * r.samples_per_prompt
-    steps = config.train.steps
+    steps, piece = config.train.steps, config.train.micro_batch
+    share = -(-r.prompts // ranks) * r.samples_per_prompt
     evaluations = 1 + steps // e.every + (steps % e.every > 0)
-    return "\n".join(
-        [
-            yaml.safe_dump(dump(config), sort_keys=False, allow_unicode=True),
-            f"# a step:      {r.prompts} prompts x {r.samples_per_prompt} samples = {batch} completions, "
-            f"at most {batch * r.max_new_tokens} tokens",
-            f"# micro-batch: {-(-batch // config.train.micro_batch)} x at most {config.train.micro_batch} completions",
-            f"# the run:     {steps} steps, {steps * batch} completions, "
-            f"at most {steps * batch * r.max_new_tokens} tokens",
-            f"# evaluation:  {evaluations} x at most {e.prompts * e.samples_per_prompt} completions",
-            f"# KL:          {config.kl.estimator} in the {config.kl.placement}, "
-            f"window {config.kl.resolved_window(config.credit.horizon)}; "
-            f"gradient: {GRADIENT[config.kl.placement, config.kl.estimator]}",
-        ]
-    )
+    return [
+        f"a step:      {r.prompts} prompts x {r.samples_per_prompt} samples = {batch} completions, "
+        f"at most {batch * r.max_new_tokens} tokens",
+        f"micro-batch: {-(-share // piece)} x at most {min(piece, share)} completions"
+        + (f" on each of {ranks} processes" if ranks > 1 else ""),
+        f"the run:     {steps} steps, {steps * batch} completions, at most {steps * batch * r.max_new_tokens} tokens",
+        f"evaluation:  {evaluations} x at most {e.prompts * e.samples_per_prompt} completions",
+    ]

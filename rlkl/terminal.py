@@ -1,12 +1,15 @@
 """What a run says on the terminal."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 
-from rlkl import models
-from rlkl.config import GRADIENT
+from rlkl import models, summary
+from rlkl.config import GRADIENT, Config
 from rlkl.evaluate import Evaluation, sample_rows
 from rlkl.lane import Lane
 from rlkl.launch import mismatch
@@ -15,12 +18,12 @@ from rlkl.launch import mismatch
 def notices(lane: Lane, accelerator: Accelerator) -> Iterator[str]:
     """What a user should know before the first step."""
     config, model = lane.config, lane.policy.model
-    batch = config.rollout.prompts * config.rollout.samples_per_prompt
     yield (
         f"{config.name}: {config.trainer.type}, {len(lane.train_prompts.ids)} prompts "
-        f"({len(lane.held_out.ids)} held out), {config.rollout.prompts} x {config.rollout.samples_per_prompt} = "
-        f"{batch} completions a step, {config.train.steps} steps, on {next(model.parameters()).device}"
+        f"({len(lane.held_out.ids)} held out), on {next(model.parameters()).device}"
     )
+    yield from summary.arithmetic(config, accelerator.num_processes)
+    yield lane.train_prompts.lengths()
     rule = GRADIENT[config.kl.placement, config.kl.estimator]
     yield f"KL: beta {config.kl.beta:g}, {config.kl.estimator} in the {config.kl.placement}; its gradient: {rule}"
     if warning := mismatch(accelerator):
@@ -29,12 +32,19 @@ def notices(lane: Lane, accelerator: Accelerator) -> Iterator[str]:
         yield "note: bfloat16 weights lose updates below 1/256 of a weight; prefer lora, or mixed_precision"
     if ignored := models.ignored_sampling(model):
         yield f"ignored from the generation config, for log-probs to mean what they say: {', '.join(ignored)}"
-    if not lane.eos_ids:
+    if not lane.eos_ids and not config.rollout.stop:
         yield f"the model names no EOS: every completion runs to max_new_tokens={config.rollout.max_new_tokens}"
-    if config.credit.horizon is not None and lane.eos_ids and not config.credit.centre_rewards:
+    if config.credit.horizon is not None and (lane.eos_ids or config.rollout.stop) and not config.credit.centre_rewards:
         yield (
             f"warning: credit.horizon={config.credit.horizon} with an EOS action: a constant added to the reward "
             "changes the optimum, and J can fall below the base model's; set credit.centre_rewards=true"
+        )
+    if config.rollout.replay is not None:
+        yield (
+            f"samples replayed from {config.rollout.replay}: after the first update they are off-policy, drawn by the "
+            "recording run's policy and not by this one; there kl/penalty and k1 in the reward weigh log-ratios of its "
+            "samples and estimate no KL of this policy (kl.placement=loss with kl.estimator=exact is a KL on any "
+            "samples; kl/sequence is measured on fresh ones)"
         )
 
 
@@ -58,6 +68,56 @@ def evaluation_line(step: int, metrics: Mapping[str, float]) -> str:
     parts = [f"{k.removeprefix('reward/eval/')} {metrics[k]:.3f} ± {metrics[f'{k}_stderr']:.3f}" for k in rewards]
     kl = f"KL {metrics['kl/sequence']:.3f} ± {metrics['kl/sequence_stderr']:.3f} nats/sequence"
     return f"eval @ {step}: " + "  ".join([*parts, kl, f"length {metrics['policy/eval/length']:.1f}"])
+
+
+def samples(rows: Sequence[Mapping[str, Any]], width: int = 100) -> Iterator[str]:
+    """Completions of an evaluation, a line each, cut to ``width`` characters."""
+    for row in rows:
+        prompt, completion = (" ".join(str(row[key]).split()) for key in ("prompt", "completion"))
+        text = f"{prompt} | {completion}"
+        yield f"  {text if len(text) <= width else text[: width - 1] + '…'}"
+
+
+def guidance(config: Config, before: Evaluation) -> Iterator[str]:
+    """How many nats a run with this beta should end at, from the rewards of the base model's samples."""
+    beta = config.kl.beta
+    if config.kl.target is not None:
+        yield f"KL guidance: beta adapts; aim for kl.target = {config.kl.target:g} nats a sequence"
+        return
+    if beta == 0:
+        yield "KL guidance: beta 0: nothing holds KL back; watch kl/sequence, and stop where held-out reward turns"
+        return
+    reward_B = before.rewards.value_BT.sum(-1).double().cpu()
+    if config.credit.whiten_rewards:
+        reward_B = reward_B / (reward_B.std() + 1e-8)
+    per_prompt = [reward_B[before.rollout.group_B.cpu() == g] for g in set(before.rollout.group_B.tolist())]
+    said = f"KL guidance: a unit of reward is worth at most 1/beta = {1 / beta:.3g} nats a sequence"
+    if min(len(x) for x in per_prompt) < 2 or not any(float(x.std()) for x in per_prompt):
+        yield f"{said}; the base model's samples of a prompt do not differ in reward, so beta says no more yet"
+        return
+    nats, effective = optimum_kl(torch.stack(per_prompt), beta)
+    spread = float(torch.stack([x.var() for x in per_prompt]).mean()) ** 0.5
+    ceiling = min(spread**2 / (2 * beta**2), float(reward_B.max() - reward_B.mean()) / beta)
+    yield f"{said}; base reward {float(reward_B.mean()):.3g}, sd {spread:.2g} within a prompt"
+    rest = f"and at most {ceiling:.2g}, where better answers are rarer" if effective < 2 and ceiling > nats else ""
+    yield (
+        f"KL guidance: aim for about {nats:.2g} nats a sequence {rest or 'at the optimum'} (importance sampling, "
+        f"{effective:.1f} of {len(per_prompt[0])} base samples effective a prompt)"
+    )
+
+
+def optimum_kl(reward_PN: Tensor, beta: float) -> tuple[float, float]:
+    r"""KL(π*‖π0) of π* ∝ π0 exp(r/β), nats, mean over P prompts with N samples of π0 each; effective samples a prompt.
+
+    :math:`KL = E_{\pi^*}[r]/\beta - \log E_{\pi_0} e^{r/\beta}` (Korbak et al. 2022) by self-normalised importance
+    sampling, times N/(N-1), which makes its first order :math:`Var(r)/2\beta^2` unbiased. It sees no answer that the
+    samples lack, and never exceeds log N times that factor. N >= 2.
+    """
+    count = reward_PN.shape[1]
+    log_weight_PN = (reward_PN / beta).log_softmax(-1)
+    weight_PN = log_weight_PN.exp()
+    nats_P = (weight_PN * log_weight_PN).sum(-1) + torch.tensor(float(count)).log()
+    return float(nats_P.mean()) * count / (count - 1), float((1 / (weight_PN**2).sum(-1)).mean())
 
 
 def show(before: Evaluation, after: Evaluation, count: int) -> Iterator[str]:

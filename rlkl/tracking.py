@@ -8,20 +8,25 @@ import math
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
 import rlkl
 from rlkl.config import Config, dump
+from rlkl.screen import Screen
+
+if TYPE_CHECKING:
+    from rlkl.dashboards import Dashboards
 
 PACKAGES = (
     "torch",
     "transformers",
     "accelerate",
+    "datasets",
     "tokenizers",
     "safetensors",
     "numpy",
@@ -118,26 +123,38 @@ def environment() -> dict[str, Any]:
 
 
 class Tracker:
-    """Appends one row a step to metrics.jsonl and evaluation samples to samples.jsonl."""
+    """Appends one row a step to metrics.jsonl and evaluation samples to samples.jsonl, then tells the dashboards."""
 
-    def __init__(self, folder: Path, main: bool = True) -> None:
+    def __init__(
+        self, folder: Path, main: bool = True, screen: Screen | None = None, dashboards: "Dashboards | None" = None
+    ) -> None:
         self.folder = folder
         self.main = main
+        self.screen = screen or Screen(main)
+        self.dashboards = dashboards
 
     def say(self, *lines: str) -> None:
         """Lines for the terminal, from the main process."""
-        if self.main:
-            for text in lines:
-                print(text, flush=True)
+        self.screen.say(*lines)
+
+    @property
+    def notes(self) -> list[str]:
+        """Where the dashboards are."""
+        return self.dashboards.notes if self.dashboards else []
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One row; a value that is not finite is written as null."""
         clean = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
         self._append("metrics.jsonl", {"step": step, **clean})
+        if self.dashboards:
+            self.dashboards.metrics(step, clean)
 
-    def sample(self, step: int, values: Mapping[str, Any]) -> None:
-        """One completion of an evaluation."""
-        self._append("samples.jsonl", {"step": step, **values})
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Completions of an evaluation."""
+        for row in rows:
+            self._append("samples.jsonl", {"step": step, **row})
+        if self.dashboards:
+            self.dashboards.samples(step, rows)
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         if self.main:
@@ -147,5 +164,11 @@ class Tracker:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl."""
-    with open(folder / "metrics.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return list(read_rows(folder / "metrics.jsonl"))
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file: none where it is missing, and without a last one that a kill cut short."""
+    if path.is_file():
+        with open(path, encoding="utf-8") as file:
+            yield from (json.loads(line) for line in file if line.endswith("\n"))

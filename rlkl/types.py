@@ -21,6 +21,8 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from rlkl.stopping import before_stop
+
 
 class End(IntEnum):
     """How a completion ended. EOS and STOP terminate the episode, LIMIT truncates it."""
@@ -53,7 +55,7 @@ class Rollout(_Rows):
     ``group_B`` numbers the prompt of a sample, ``sample_id_B`` the sample; both are global over ranks.
     ``annotation_BT`` are human or labelled token weights; they may look ahead and only likelihood
     trainers read them. ``columns`` hold the prompt's text under ``prompt`` and its other columns, one list
-    entry a sample.
+    entry a sample. ``stop`` are the texts of which one ends a completion with ``End.STOP``.
     """
 
     prompt_BP: Tensor
@@ -71,6 +73,7 @@ class Rollout(_Rows):
     annotation_BT: Tensor | None = None
     columns: dict[str, list[Any]] = field(default_factory=dict)
     decode: Callable[[list[int]], str] | None = None
+    stop: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.tokens_BT.shape[0]
@@ -87,11 +90,19 @@ class Rollout(_Rows):
         return [ids[:n] for ids, n in pairs]
 
     def texts(self) -> list[str]:
-        """The completions as text, decoded on demand; a terminating EOS is left out."""
+        """The completions as text, decoded on demand.
+
+        A terminating EOS is left out, and so are a terminating stop string and what its last token adds to it.
+        """
         assert self.decode is not None, "this rollout has no tokenizer"
         ends = self.end_B.tolist()
         rows = zip(self.completion_ids(), ends, strict=True)
-        return [self.decode(ids[:-1] if end == End.EOS else ids) for ids, end in rows]
+        return [
+            before_stop(self.decode(ids), self.stop)
+            if end == End.STOP
+            else self.decode(ids[:-1] if end == End.EOS else ids)
+            for ids, end in rows
+        ]
 
 
 @dataclass(frozen=True)

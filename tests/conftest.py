@@ -1,7 +1,8 @@
 """Shape checks on every public tensor function, one thread a process, and a tiny model to run on."""
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,21 @@ Tree = dict[str, Any]
 def varied(prompts: list[str], completions: list[str]) -> list[float]:
     """A reward that differs between random completions: the share of letters."""
     return [sum(c.isalpha() for c in text) / max(len(text), 1) for text in completions]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_dashboards_at_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whatever a test logs stays in a folder of its own, and no account is found. trackio reads its folder once."""
+    folder = tmp_path_factory.mktemp("dashboards")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [n for n in os.environ if n.startswith(("WANDB_", "TRACKIO_"))]:
+            patch.delenv(name)
+        patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
+        patch.setenv("WANDB_CONFIG_DIR", str(folder))
+        patch.setenv("WANDB_CACHE_DIR", str(folder))
+        patch.setenv("WANDB_ERROR_REPORTING", "false")
+        patch.setenv("NETRC", str(folder / "netrc"))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +95,7 @@ def tiny_config(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "optimiser": {"learning_rate": 1e-2},
         "train": {"steps": 2},
         "evaluate": {"prompts": 2, "samples_per_prompt": 2},
+        "log": {"with": []},
     }
 
 

@@ -322,6 +322,17 @@ def test_adaptive_beta_reads_the_mean_sum_of_log_ratios_over_policy_tokens():
     assert kl.measured(full, out) == pytest.approx((5 + 6) / 2)
 
 
+@pytest.mark.parametrize("estimator", ["k1_ratio", "k3_ratio"])
+def test_ratio_estimators_correct_for_a_policy_that_moved_since_sampling(estimator):
+    """One token, drawn from an older policy: the ratio restores the reverse KL of the current one."""
+    problem, old = tabular(3, 1, eos=False), tabular(3, 1, eos=False, seed=4).logp.detach()
+    cfg = KLConfig(placement="loss", estimator=estimator)
+    data = assigned(problem, problem.atoms, nothing(problem), PLAIN, cfg)
+    data = replace(data, behaviour_logp_BT=old[:, None], weight_BT=old.exp()[:, None])
+    found = kl.penalty(cfg, problem.policy(problem.atoms, kl.needs(cfg)), data)[0]
+    assert_close(problem.gradient(found), gradients(problem)["exact"])
+
+
 def test_without_beta_there_is_no_kl_term():
     problem = tabular()
     rewards = random_rewards(problem.atoms)

@@ -136,7 +136,7 @@ def test_an_output_alone_equals_the_one_computed_with_the_others(name, need):
 
 
 @architectures
-@pytest.mark.parametrize(("wider", "fill"), [(0, 17), (1, EOS), (5, EOS), (9, 0), (9, VOCAB - 1)])
+@pytest.mark.parametrize(("wider", "fill"), [(0, 17), (1, EOS), (5, EOS), (9, 0), (9, VOCAB - 1), (2, -100)])
 def test_padding_changes_nothing(name, wider, fill):
     policy = make_policy(name)
     exact = policy(make_rollout(), NEED)

@@ -36,7 +36,7 @@ class TableData(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if isinstance(self.held_out, float) and not 0 < self.held_out < 1:
-            raise ValueError(f"held_out={self.held_out}: a share must lie between 0 and 1, or name records")
+            raise ValueError(f"held_out={self.held_out}: a share must lie between 0 and 1, or name a file or split")
         if len(self.columns) != 1:
             raise ValueError(f"columns={self.columns}: prompts are texts or conversations; map prompt or messages")
         return self

@@ -1,112 +1,141 @@
-"""Prompts: from a JSONL file or an embedded task, split, tokenised and served in a seeded order."""
+"""Prompts: split, rendered, tokenised and served in a seeded order."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
-from rlkl.config import Data, FactsData, JsonlData
+from rlkl.data import sources
+from rlkl.data.config import Data, FactsData, TableData
+from rlkl.data.sources import Record
 from rlkl.sampling import Prompts
 
 SPLIT, ORDER = 100, 101  # streams of randomness, beside those of sampling
 
 
-def records(config: Data, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and held-out records, each with its text under ``prompt``.
+def records(config: Data, seed: int) -> tuple[list[Record], list[Record]]:
+    """Training and held-out records, each with its text under ``prompt``, or else its conversation under ``messages``.
+
+    No prompt is on both sides: a share of the distinct prompts is held out, with all their records.
 
     Raises:
-        ValueError: a missing or empty file, a record that is no JSON object or lacks its prompt.
+        ValueError: a source cannot be read or split, a record lacks its prompt, or a prompt is on both sides.
     """
     if isinstance(config, FactsData):
         from rlkl.tasks import facts
 
         rows = facts.prompts()
         return [r for r in rows if r["split"] == "train"], [r for r in rows if r["split"] == "eval"]
-    rows = _read("path", config.path, config)
+    train = sources.read(config)
     if isinstance(config.held_out, str):
-        return rows, _read("held_out", config.held_out, config)
-    if len(rows) < 2:
-        raise ValueError(f"{config.path}: 1 record cannot be split; name a second file in data.held_out")
-    kept = min(max(round(len(rows) * config.held_out), 1), len(rows) - 1)
-    order = _permutation(seed, SPLIT, 0, len(rows))
-    held = set(order[:kept])
-    return [r for i, r in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
-
-
-def _read(key: str, path: str, config: JsonlData) -> list[dict[str, Any]]:
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; data.{key} names a .jsonl file, one JSON object a line")
-    column = config.columns.get("prompt", "prompt")
-    rows: list[dict[str, Any]] = []
-    try:
-        # not splitlines(): JSON strings may hold U+2028 and other ends of lines as they are
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; convert the file") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not valid JSON: {error.msg}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: a {type(row).__name__}; every line must be a JSON object")
-        text = row.get(column)
-        if not isinstance(text, str) or not text:
-            known = ", ".join(row) or "none"
+        held = sources.read(config, config.held_out)
+        if both := {_key(r) for r in train} & {_key(r) for r in held}:
             raise ValueError(
-                f"{path}:{number}: no text in column {column!r} (columns: {known}); map it with data.columns.prompt"
+                f"data.held_out={config.held_out}: {len(both)} of its prompts are training prompts too, such as "
+                f"{min(both)[:40]!r}; name other records, or a share, which keeps equal prompts together"
             )
-        rows.append({**row, "prompt": text})
-    if not rows:
-        raise ValueError(f"{path}: empty; it needs at least one record")
-    return rows
+        return train, held
+    distinct = list(dict.fromkeys(_key(r) for r in train))
+    if len(distinct) < 2:
+        raise ValueError(f"{config.path}: 1 record (or many of 1 prompt) cannot be split; name others in data.held_out")
+    kept = min(max(round(len(distinct) * config.held_out), 1), len(distinct) - 1)
+    chosen = {distinct[i] for i in _permutation(seed, SPLIT, 0, len(distinct))[:kept]}
+    return [r for r in train if _key(r) not in chosen], [r for r in train if _key(r) in chosen]
+
+
+def _key(row: Record) -> str:
+    return row["prompt"] if "prompt" in row else json.dumps(row["messages"])
+
+
+def rendered(row: Record, tokenizer: Any) -> tuple[Record, list[int]]:
+    """A record with its text under ``prompt``, and the ids of that text.
+
+    A text is tokenised as the tokenizer does by default (a BOS that it adds stays). A conversation goes through the
+    chat template, which writes its own BOS; it ends where the assistant's answer begins, or goes on, if the last
+    message is the assistant's.
+
+    Raises:
+        ValueError: there is no chat template, or it refuses the conversation.
+    """
+    if "prompt" in row:
+        return row, tokenizer(row["prompt"])["input_ids"]
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "data.columns.messages: the model's tokenizer has no chat template; use a chat model, or map a text "
+            "column with data.columns.prompt"
+        )
+    messages = row["messages"]
+    begun = messages[-1]["role"] == "assistant"
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
+        )
+    except (TemplateError, ValueError) as error:
+        raise ValueError(f"data: the chat template refuses {json.dumps(messages)[:60]}...: {error}") from None
+    return {**row, "prompt": text}, tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Tokenised records."""
+    """Tokenised records; ``dropped`` is how many were left out for having more than ``limit`` tokens."""
 
-    records: Sequence[dict[str, Any]]
+    records: Sequence[Record]
     ids: Sequence[list[int]]
     tokenizer: Any
     seed: int
+    limit: int | None = None
+    dropped: int = 0
 
     @classmethod
     def tokenise(
         cls,
-        rows: Sequence[dict[str, Any]],
+        rows: Sequence[Record],
         tokenizer: Any,
         seed: int,
         context: int | None,
         max_new_tokens: int,
+        config: Data | None = None,
     ) -> "PromptSet":
-        """Tokenise prompts as the tokenizer does by default (a BOS that it adds stays).
+        """Tokenise records; ``config`` may lower the limit on a prompt's length, and have longer ones dropped.
 
         Raises:
-            ValueError: a prompt is empty once tokenised, or leaves no room for ``max_new_tokens``.
+            ValueError: a prompt is empty once tokenised, or too long; the limits leave no prompt.
         """
-        ids = [tokenizer(row["prompt"])["input_ids"] for row in rows]
-        for row, tokens in zip(rows, ids, strict=True):
-            room = None if context is None else context - max_new_tokens
-            if not tokens or (room is not None and len(tokens) > room):
-                raise ValueError(
-                    f"data: prompt {row['prompt'][:40]!r} has {len(tokens)} tokens; it needs 1 to {room} "
-                    f"(context {context} - rollout.max_new_tokens {max_new_tokens}); shorten it or lower max_new_tokens"
-                )
-        return cls(rows, ids, tokenizer, seed)
+        limit, why = _limit(context, max_new_tokens, config)
+        pairs = [rendered(row, tokenizer) for row in rows]
+        if empty := [row["prompt"] for row, ids in pairs if not ids]:
+            raise ValueError(f"data: prompt {empty[0][:40]!r} has 0 tokens; every prompt needs 1 or more")
+        long = [(row["prompt"], len(ids)) for row, ids in pairs if limit is not None and len(ids) > limit]
+        drop = isinstance(config, TableData) and config.overlong == "drop"
+        if long and (len(long) == len(pairs) or not drop):
+            text, size = long[0]
+            raise ValueError(
+                f"data: {len(long)} of {len(pairs)} prompts are too long, such as {text[:40]!r} of {size} tokens: "
+                f"at most {limit} {why}, or leave long prompts out with data.overlong=drop"
+            )
+        fitting = [(row, ids) for row, ids in pairs if limit is None or len(ids) <= limit]
+        return cls([row for row, _ in fitting], [ids for _, ids in fitting], tokenizer, seed, limit, len(long))
+
+    def lengths(self) -> str:
+        """The lengths of the prompts in tokens, and their limit, for a person to read."""
+        sizes = [len(ids) for ids in self.ids]
+        said = f"prompts of {min(sizes)} to {max(sizes)} tokens"
+        said += "" if self.limit is None else f" (limit {self.limit})"
+        return said + (f"; {self.dropped} longer ones left out" if self.dropped else "")
 
     def batch(self, step: int, count: int) -> Prompts:
-        """The prompts of a step (from 1): consecutive pieces of seeded permutations, one an epoch."""
-        first, total = (step - 1) * count, len(self.ids)
-        chosen = []
-        for position in range(first, first + count):
-            chosen.append(_permutation(self.seed, ORDER, position // total, total)[position % total])
-        return self.take(chosen)
+        """The prompts of a step (from 1): consecutive pieces of seeded permutations, one an epoch.
+
+        This is a function of the seed and the step alone, so a run that resumes needs no cursor. Every epoch visits
+        every record once.
+        """
+        total = len(self.ids)
+        places = [divmod(position, total) for position in range((step - 1) * count, step * count)]
+        orders = {epoch: _permutation(self.seed, ORDER, epoch, total) for epoch in {epoch for epoch, _ in places}}
+        return self.take([orders[epoch][place] for epoch, place in places])
 
     def take(self, chosen: Sequence[int]) -> Prompts:
         """The prompts at these places, as groups 0, 1, ..."""
@@ -118,6 +147,20 @@ class PromptSet:
             columns={name: [row.get(name) for row in rows] for name in names},
             decode=lambda tokens: str(self.tokenizer.decode(tokens)),
         )
+
+
+def _limit(context: int | None, max_new_tokens: int, config: Data | None) -> tuple[int | None, str]:
+    """The longest prompt in tokens, and why, with what to do."""
+    room = None if context is None else context - max_new_tokens
+    rest = f"context {context} - rollout.max_new_tokens {max_new_tokens}"
+    if room is not None and room < 1:
+        raise ValueError(f"data: {rest} leaves no token for a prompt; lower rollout.max_new_tokens")
+    asked = config.max_prompt_tokens if isinstance(config, TableData) else None
+    if asked is None:
+        return room, f"({rest}); shorten it or lower max_new_tokens"
+    if room is not None and asked > room:
+        raise ValueError(f"data.max_prompt_tokens={asked}: {rest} leaves {room} tokens; lower one of them")
+    return asked, "(data.max_prompt_tokens); shorten it or raise the limit"
 
 
 def _permutation(seed: int, stream: int, epoch: int, size: int) -> list[int]:

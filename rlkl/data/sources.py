@@ -22,15 +22,15 @@ def read(config: JsonlData | DatasetsData, held_out: str | None = None) -> list[
         ValueError: the source cannot be read or is empty, or a record lacks its prompt.
     """
     if isinstance(config, JsonlData):
-        path = Path(held_out or config.path)
-        return _checked(_lines(path), config, str(path))
+        path, key = Path(held_out or config.path), "held_out" if held_out else "path"
+        return _checked(_lines(path, key), config, str(path))
     split = held_out or config.split
     return _checked(_table(config, split), config, f"{config.path}[{split}]")
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+def _lines(path: Path, key: str) -> Iterator[tuple[str, Any]]:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; data.path names a .jsonl file, one JSON object a line")
+        raise ValueError(f"{path}: no such file; data.{key} names a .jsonl file, one JSON object a line")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # U+2028 and the like may stand in JSON strings
     except UnicodeDecodeError as error:
@@ -64,7 +64,7 @@ def _table(config: DatasetsData, split: str) -> Iterator[tuple[str, Any]]:
         yield f"{config.path}[{split}] record {number}", row
 
 
-def _load(config: DatasetsData, split: str) -> Iterable[Any]:
+def _load(config: DatasetsData, split: str) -> Any:
     import datasets
 
     path = Path(config.path)
@@ -85,34 +85,31 @@ def _checked(rows: Iterable[tuple[str, Any]], config: TableData, source: str) ->
     found: list[Record] = []
     for where, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: a {type(row).__name__}; every record must be an object")
-        known = ", ".join(row) or "none"
-        if column not in row:
-            raise ValueError(f"{where}: no column {column!r} (columns: {known}); map it with data.columns.{role}")
+            raise ValueError(f"{where}: a {type(row).__name__}; every line must be a JSON object")
         if taken := [name for name in TAKEN if name in row]:
             raise ValueError(f"{where}: column {taken[0]!r} is an argument of the reward functions; rename it")
-        others = {name: value for name, value in row.items() if name != "prompt"}
-        if role == "messages":
-            found.append({**others, "messages": _conversation(row[column], where, column)})
-        elif isinstance(row[column], str) and row[column]:
-            found.append({**others, "prompt": row[column]})
-        else:
+        value = _conversation(row.get(column)) if role == "messages" else _text(row.get(column))
+        if value is None:
+            what = "list of {role, content} messages" if role == "messages" else "text"
+            known = ", ".join(row) or "none"
             raise ValueError(
-                f"{where}: no text in column {column!r} (columns: {known}); map a text column with data.columns.prompt"
-                ", or conversations with data.columns.messages"
+                f"{where}: no {what} in column {column!r} (columns: {known}); map it with data.columns.{role}"
             )
+        others = {name: held for name, held in row.items() if name != "prompt"}
+        found.append({**others, role: value})
     if not found:
         raise ValueError(f"{source}: empty; it needs at least one record")
     return found
 
 
-def _conversation(value: Any, where: str, column: str) -> list[dict[str, str]]:
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _conversation(value: Any) -> list[dict[str, str]] | None:
     """Messages without the null fields that a table adds to them."""
-    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
-        messages = [{k: v for k, v in message.items() if v is not None} for message in value]
-        if all(isinstance(message.get(key), str) for message in messages for key in ("role", "content")):
-            return messages
-    raise ValueError(
-        f"{where}: column {column!r} is no conversation; it must be a list of {{role, content}} with texts in both"
-        ", or map a text column with data.columns.prompt"
-    )
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+        return None
+    messages = [{k: v for k, v in message.items() if v is not None} for message in value]
+    texts = [message.get(key) for message in messages for key in ("role", "content")]
+    return messages if all(isinstance(text, str) for text in texts) else None

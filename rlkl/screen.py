@@ -1,0 +1,56 @@
+"""The terminal of a run: a progress bar below the lines on a tty, lines alone elsewhere; the main process only."""
+
+import sys
+from collections.abc import Mapping
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from rlkl.terminal import line
+
+
+class Screen:
+    """Says things, and shows how far ``total`` steps have come. Use as a context manager for the bar."""
+
+    def __init__(self, main: bool = True, total: int = 0) -> None:
+        self.main, self.total = main, total
+        self.progress = _bar(total) if main and total and sys.stdout.isatty() else None
+
+    def __enter__(self) -> Self:
+        if self.progress:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.progress:
+            self.progress.stop()
+
+    def say(self, *lines: str) -> None:
+        """Lines as they are, above the bar."""
+        for text in lines if self.main else ():
+            if self.progress:
+                self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(text, flush=True)
+
+    def step(self, step: int, metrics: Mapping[str, float], every: int) -> None:
+        """A step is done: the bar moves, or every ``every`` steps and at the end there is a line."""
+        if self.progress:
+            shown = f"reward {metrics['reward/train/total']:.3f}  KL {metrics['kl/penalty']:.2f}"
+            self.progress.update(self.progress.task_ids[0], completed=step, shown=shown)
+        elif step % every == 0 or step == self.total:
+            self.say(line(step, self.total, metrics))
+
+
+def _bar(total: int) -> Progress:
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps, left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[shown]}"),
+    )
+    progress = Progress(*columns, console=Console(file=sys.stdout))
+    progress.add_task("", total=total, shown="")
+    return progress

@@ -1,0 +1,141 @@
+"""Two gloo processes equal one with the same global batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from conftest import Tree, metrics
+from ranks import gradients
+from safetensors.torch import load_file
+
+import rlkl
+from rlkl import launch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+
+
+def torchrun(processes: int, *arguments: str) -> str:
+    """Standard output of a script or module under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+OBJECTIVES: dict[str, Tree] = {
+    "leave_one_out": {},
+    "batch_statistics": {
+        "credit": {
+            "baseline": "batch_mean",
+            "centre_rewards": True,
+            "whiten_rewards": True,
+            "whiten_advantages": True,
+            "normaliser": "token_mean",
+        }
+    },
+    "gae": {"credit": {"advantage": "gae", "baseline": "value", "bootstrap_truncated": True}},
+    "exact_kl": {"kl": {"placement": "loss", "estimator": "exact", "beta": 0.3}},
+    "lora": {"model": {"lora": {"rank": 2, "alpha": 4}}},
+}
+
+
+def test_the_gradient_of_two_processes_is_that_of_one(tiny_config: Tree) -> None:
+    tiny_config["rollout"]["prompts"] = 5  # 2 and 3 a process
+    tiny_config["train"] = {"steps": 1, "micro_batch": 2}  # 2 and 3 micro-batches a process
+    for name, sections in OBJECTIVES.items():
+        tree = {**tiny_config, **{k: {**tiny_config.get(k, {}), **v} for k, v in sections.items()}}
+        Path(f"{name}.yaml").write_text(yaml.safe_dump(tree))
+    configs = [f"{name}.yaml" for name in OBJECTIVES]
+    for folder in ("one", "two"):
+        Path(folder).mkdir()
+    gradients("one", configs)
+    torchrun(2, str(HERE / "ranks.py"), "two", *configs)
+    for name in OBJECTIVES:
+        one, two = (load_file(f"{folder}/{name}.safetensors") for folder in ("one", "two"))
+        assert one.keys() == two.keys()
+        scale = max(float(g.abs().max()) for g in one.values())
+        assert scale > 1e-4
+        for key, gradient in one.items():
+            assert torch.allclose(gradient, two[key], rtol=1e-5, atol=1e-5 * scale), (name, key)
+
+
+def test_five_live_steps_of_two_processes_give_the_metrics_of_one(tiny_config: Tree, tmp_path: Path) -> None:
+    tiny_config["rollout"]["prompts"] = 3
+    tiny_config["train"]["steps"] = 5
+    tiny_config["evaluate"]["every"] = 2
+    tiny_config["kl"] = {"beta": 0.1, "target": 0.5}
+    Path("config.yaml").write_text(yaml.safe_dump(tiny_config))
+    out = torchrun(2, "-m", "rlkl", "train", "config.yaml", "name=two")
+    assert out.count("eval @ 0") == 1  # the main process alone speaks
+    one = metrics(rlkl.train(tiny_config, ["name=one"]))
+    two = metrics(tmp_path / "runs" / "two")
+    assert [row["step"] for row in one] == [row["step"] for row in two] == list(range(6))
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4, abs=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("section", ["rollout", "evaluate"])
+def test_every_process_needs_a_prompt(section: str, tiny_config: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_config[section]["prompts"] = 1
+    pair = SimpleNamespace(num_processes=2, distributed_type=launch.DistributedType.MULTI_CPU)
+    monkeypatch.setattr(launch, "Accelerator", lambda **_: pair)
+    with pytest.raises(ValueError, match=rf"{section}\.prompts=1 with 2 processes"):
+        rlkl.train(tiny_config)
+
+
+@pytest.mark.parametrize("kind", [launch.DistributedType.FSDP, launch.DistributedType.DEEPSPEED])
+def test_sharded_parameters_are_refused(kind: str, tiny_config: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = SimpleNamespace(num_processes=2, distributed_type=kind)
+    monkeypatch.setattr(launch, "Accelerator", lambda **_: made)
+    with pytest.raises(ValueError, match="sharded parameters are not supported yet"):
+        rlkl.train(tiny_config)
+
+
+class Parent:
+    """A launcher with a command line."""
+
+    def __init__(self, *words: str) -> None:
+        self.words = list(words)
+
+    def parent(self) -> "Parent":
+        return self
+
+    def cmdline(self) -> list[str]:
+        return self.words
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        (("python", "/bin/accelerate", "launch", "--cpu", "--num_processes", "2", "-m", "rlkl"), 2),
+        (("python", "/bin/accelerate", "launch", "--num-processes=3", "-m", "rlkl"), 3),
+        (("python", "/bin/torchrun", "--nproc_per_node", "4", "-m", "rlkl"), 4),
+        (("bash", "-c", "something --num_processes 2"), None),
+    ],
+)
+def test_fewer_processes_than_asked_for_are_noticed(
+    words: tuple[str, ...], asked: int | None, monkeypatch: pytest.MonkeyPatch, tiny_config: Tree
+) -> None:
+    monkeypatch.setattr(launch.psutil, "Process", lambda: Parent(*words))
+    assert launch.asked_processes() == asked
+    warning = launch.mismatch(launch.accelerator(rlkl.settings.load(tiny_config)))
+    assert (
+        warning is None if asked is None else (warning is not None and f"{asked} processes were asked for" in warning)
+    )
+
+
+def test_two_runs_do_not_share_a_folder(tiny_config: Tree) -> None:
+    from rlkl.tracking import claim
+
+    folder = Path("runs/tiny")
+    with claim(folder, overwrite=True, main=True), pytest.raises(ValueError, match="another run is writing to it"):
+        rlkl.train(tiny_config, overwrite=True)
+    assert not folder.exists()
+    assert rlkl.train(tiny_config).is_dir()
