@@ -48,7 +48,9 @@ def train(
 @app.command()
 def sample(
     run: Annotated[str, typer.Argument(help="the folder of a finished run")],
-    prompt: Annotated[list[str] | None, typer.Option(help="a prompt of yours (what a user says, in a chat); may be repeated")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="a prompt of yours (what a user says, in a chat); may be repeated")
+    ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="how many held-out prompts, where you give none")] = 3,
     samples: Annotated[int, typer.Option(min=1, help="completions a prompt")] = 2,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,

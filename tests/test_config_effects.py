@@ -574,18 +574,22 @@ def test_memory_is_saved_without_changing_results(run, monkeypatch, change):
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, calls: dict[str, int]) -> None:
     """Count what these keys are about: decodings, forwards, chunks of the head, layers that are computed again."""
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+    from transformers.models.llama.modeling_llama import LlamaMLP
 
     from rlkl import sampling
     from rlkl.policy import Policy
 
-    for owner, name in ((sampling, "_decode"), (Policy, "_score"), (Policy, "_chunk"), (LlamaDecoderLayer, "forward")):
+    def count(owner: Any, name: str) -> None:
+        whole = getattr(owner, name)
 
-        def counted(*given: Any, _whole: Any = getattr(owner, name), _name: str = name, **named: Any) -> Any:
-            calls[_name] = calls.get(_name, 0) + 1
-            return _whole(*given, **named)
+        def counted(*given: Any, **named: Any) -> Any:
+            calls[name] = calls.get(name, 0) + 1
+            return whole(*given, **named)
 
         monkeypatch.setattr(owner, name, counted)
+
+    for owner, name in ((sampling, "_decode"), (Policy, "_score"), (Policy, "_chunk"), (LlamaMLP, "forward")):
+        count(owner, name)
 
 
 # The optimiser

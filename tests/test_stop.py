@@ -32,6 +32,11 @@ def strips_a_space(ids: Sequence[int]) -> str:
     return byte_level(ids).removeprefix(" ")
 
 
+def marks_the_start(ids: Sequence[int]) -> str:
+    """As a tokenizer whose first token reads otherwise than the same token later."""
+    return "^" + byte_level(ids)
+
+
 @pytest.fixture(scope="module")
 def policy() -> Policy:
     return Policy(build("llama"))
@@ -53,22 +58,12 @@ def expected_end(ids: list[int], stop: Sequence[str], decode: Decode) -> tuple[i
     return len(ids), End.LIMIT
 
 
-STOPS = [
-    ["a"],
-    ["\n\n"],
-    ["é"],
-    ["☃"],
-    ["aba", "\n"],
-    [" a"],
-    ["b\nab", "é a"],
-    ["abababab"],
-    ["a é", "b☃"],
-    ["nowhere"],
-]
+STOPS = [["a"], ["^a"], ["\n\n"], ["é"], ["☃"], ["aba", "\n"], [" a"], ["b\nab", "é a"], ["a é", "☃b", "☃a"]]
+RARE = [["abababab"], ["nowhere"]]
 
 
-@pytest.mark.parametrize("decode", [byte_level, strips_a_space])
-@pytest.mark.parametrize("stop", STOPS, ids=repr)
+@pytest.mark.parametrize("decode", [byte_level, strips_a_space, marks_the_start])
+@pytest.mark.parametrize("stop", STOPS + RARE, ids=repr)
 def test_a_completion_ends_where_its_whole_text_first_holds_a_stop_string(
     policy: Policy, stop: list[str], decode: Decode
 ) -> None:
@@ -87,7 +82,7 @@ def test_a_completion_ends_where_its_whole_text_first_holds_a_stop_string(
             assert texts[i] == text[:first] and not any(s in texts[i] for s in stop)
         else:
             assert texts[i] == text
-    if stop not in (["nowhere"], ["abababab"]):
+    if stop not in RARE and (stop != ["^a"] or decode is marks_the_start):
         assert ends.count(End.STOP) > 3, "too few to mean anything"
     assert rollout.tokens_BT.shape[1] == int(rollout.length_B.max())
     same = rollout.behaviour_logp_BT - free.behaviour_logp_BT[:, : rollout.tokens_BT.shape[1]]
@@ -149,7 +144,8 @@ def no_letters(prompts: list[str], completions: list[str]) -> list[float]:
 
 def test_runs_evaluations_and_samples_stop_alike(tiny_config: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_config["rewards"]["varied"]["path"] = "test_stop:no_letters"
-    tiny_config["rollout"] |= {"max_new_tokens": 30, "samples_per_prompt": 6}
+    tiny_config["rollout"] |= {"max_new_tokens": 8, "samples_per_prompt": 6}
+    tiny_config["optimiser"]["learning_rate"] = 1e-6  # the same model throughout
     free = metrics(train(tiny_config, ["name=free", "rewards.varied.path=conftest:varied"]))
     tiny_config["rollout"]["stop"] = LETTERS
     run = train(tiny_config)

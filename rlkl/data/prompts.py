@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
+from rlkl.config.data import Data, FactsData, TableData
 from rlkl.data import sources
-from rlkl.data.config import Data, FactsData, TableData
 from rlkl.data.sources import Record
 from rlkl.sampling import Prompts
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlkl.data.config import DatasetsData, JsonlData, TableData
+from rlkl.config.data import DatasetsData, JsonlData, TableData
 
 Record = dict[str, Any]
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".txt": "text"}

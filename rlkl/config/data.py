@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rlkl.section import Positive, Section
+from rlkl.config.base import Positive, Section
 
 
 class FactsData(Section):

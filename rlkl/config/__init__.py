@@ -1,0 +1,168 @@
+"""The configuration of a run: strict models, one section a class. Torch-free.
+
+Every key has its default, unit and constraint here; ``rlkl.settings`` reads YAML and overrides into it.
+"""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from rlkl.config.base import Positive, Section
+from rlkl.config.data import Data, DatasetsData, FactsData, JsonlData, TableData
+from rlkl.config.model import FactsModel, LoraConfig, Model, ModelSection, PretrainedModel, TinyModel
+from rlkl.config.objective import (
+    GRADIENT,
+    REFUSED,
+    CreditConfig,
+    FunctionSource,
+    KLConfig,
+    ReinforceTrainer,
+    Source,
+    TrainerConfig,
+)
+
+
+class RolloutConfig(Section):
+    """Sampling. Top-k, top-p and penalties have no key: they would change what the log-probs mean."""
+
+    prompts: Positive = Field(16, description="prompts a step")
+    samples_per_prompt: Positive = Field(4, description="completions a prompt")
+    max_new_tokens: Positive = 64
+    temperature: float = Field(1.0, gt=0, description="divides policy and reference logits alike")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="texts that end a completion and are no part of its text; the token that completes one trains"
+    )
+    record: bool = Field(False, description="keep the samples of every step in the run's rollouts/")
+    replay: str | None = Field(None, description="folder of a recorded run, whose samples take the place of new ones")
+    micro_batch: Positive = Field(256, description="completions sampled together; changes memory, not results")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.record and self.replay is not None:
+            raise ValueError(f"record=true with replay={self.replay}: the samples are recorded there; set record=false")
+        return self
+
+
+class OptimiserConfig(Section):
+    """AdamW and its schedule."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="after the warm-up; linear and cosine end at 0"
+    )
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up, steps")
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = Field(1.0, gt=0, description="global norm above which gradients are scaled down")
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    steps: Positive = 100
+    mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16: autocast; the weights keep their dtype")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute layers in the backward pass: less memory, more time, same results"
+    )
+    micro_batch: Positive = Field(64, description="completions a forward/backward; changes memory, not results")
+    head_chunk: Positive = Field(
+        1024, description="positions that pass the vocabulary head together; changes memory, not results"
+    )
+
+
+class EvaluateConfig(Section):
+    """Evaluation on fixed held-out prompts, at temperature 1, with the same randomness every time."""
+
+    every: Positive = Field(10, description="steps; the first and the last model are always evaluated")
+    prompts: Positive = Field(64, description="held-out prompts, at most")
+    samples_per_prompt: Positive = 4
+
+
+class LogConfig(Section):
+    """What a run says while it goes."""
+
+    every: Positive = Field(5, description="steps between two lines on the terminal")
+    samples: int = Field(2, ge=0, description="completions shown and written at every evaluation")
+    with_: list[Literal["trackio", "wandb", "tensorboard"]] = Field(
+        default=["trackio"], alias="with", description="dashboards beside metrics.jsonl; [] = none"
+    )
+    project: str = Field("rlkl", pattern=r"^[\w-]+$", description="the project's name in the dashboards")
+    group: str | None = Field(None, description="runs that belong together, in trackio and wandb")
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_by_name=True)
+
+
+class Config(Section):
+    """A run."""
+
+    name: str = Field(pattern=r"^[\w.-]+$", description="the run is written to <folder>/<name>")
+    folder: str = "runs"
+    seed: int = Field(0, ge=0, lt=2**32)
+    model: Model
+    data: Data
+    rewards: dict[str, Source] = Field(min_length=1, description="name -> source; weighted sum")
+    trainer: TrainerConfig
+    credit: CreditConfig = CreditConfig()
+    kl: KLConfig = KLConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in self.rewards:
+            if not re.fullmatch(r"[\w.-]+", name) or name in ("total", "queries") or name.endswith("_stderr"):
+                raise ValueError(f"rewards.{name}: the metrics need this name, or it has odd characters; take another")
+        window = self.kl.resolved_window(self.credit.horizon)
+        if self.credit.advantage == "gae" and self.kl.placement == "reward" and window != "full":
+            raise ValueError(f"kl.window={window} with credit.advantage=gae: GAE has no window; use window=full")
+        if self.credit.baseline in ("leave_one_out", "group_norm") and self.rollout.samples_per_prompt < 2:
+            raise ValueError(
+                f"credit.baseline={self.credit.baseline} with rollout.samples_per_prompt=1: "
+                "it compares samples of a prompt; use 2 or more"
+            )
+        batch = self.rollout.prompts * self.rollout.samples_per_prompt
+        if self.credit.baseline == "batch_mean" and batch < 2:
+            raise ValueError("credit.baseline=batch_mean with 1 completion a step; sample 2 or more")
+        if self.data.type == "facts" and self.model.type == "tiny":
+            raise ValueError("model.type=tiny with data.type=facts: facts has a base model; use model.type=facts")
+        return self
+
+
+def dump(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain data, with the names used in YAML."""
+    return config.model_dump(mode="json", by_alias=True)
+
+
+__all__ = [
+    "GRADIENT",
+    "REFUSED",
+    "Config",
+    "CreditConfig",
+    "Data",
+    "DatasetsData",
+    "EvaluateConfig",
+    "FactsData",
+    "FactsModel",
+    "FunctionSource",
+    "JsonlData",
+    "KLConfig",
+    "LogConfig",
+    "LoraConfig",
+    "Model",
+    "ModelSection",
+    "OptimiserConfig",
+    "PretrainedModel",
+    "ReinforceTrainer",
+    "RolloutConfig",
+    "Section",
+    "Source",
+    "TableData",
+    "TinyModel",
+    "TrainConfig",
+    "TrainerConfig",
+    "dump",
+]

@@ -1,0 +1,132 @@
+"""The sections ``rewards:``, ``trainer:``, ``credit:`` and ``kl:``: what is optimised."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from rlkl.config.base import Positive, Section
+
+GRADIENT: dict[tuple[str, str], str] = {
+    ("reward", "k1"): "reverse KL of the sequence (window=full); token-conditional reverse KL (window=own)",
+    ("loss", "exact"): "reverse KL of the sequence, Rao-Blackwellised (Amini et al. 2025)",
+    ("loss", "k2_sequence"): "reverse KL of the sequence",
+    ("loss", "exact_local"): "local: token-conditional reverse KL, blind to how a token changes later states",
+    ("loss", "k2"): "local: token-conditional reverse KL",
+    ("loss", "k1_ratio"): "local: token-conditional reverse KL",
+    ("loss", "k3_ratio"): "local: token-conditional reverse KL",
+    ("loss", "k3"): "forward KL(pi0||pi) on the visited states",
+    ("loss", "exact_forward"): "forward KL(pi0||pi) on the visited states",
+}
+"""The expected on-policy gradient of each (placement, estimator) of the KL penalty."""
+
+REFUSED: dict[tuple[str, str], str] = {
+    ("loss", "k1"): "its gradient is zero in expectation",
+    ("reward", "k2"): "its gradient is biased",
+    ("reward", "k3"): "its gradient is biased (in one step: reverse minus forward KL)",
+    ("reward", "exact"): "its gradient is biased: it misses the own token",
+    ("reward", "exact_local"): "its gradient is biased: it misses the own token",
+}
+"""Why the other combinations are not offered."""
+
+
+class FunctionSource(Section):
+    """A Python function as a reward: scalar in the manner of TRL, or one reward a token."""
+
+    type: Literal["function"]
+    path: str = Field(pattern=r"^[\w.]+:\w+$", description="module:function")
+    level: Literal["sequence", "token"] = Field(
+        "sequence",
+        description="sequence: f(prompts, completions, **columns) -> list[float], paid at the last policy token; "
+        "token: f(rollout) -> [B, T] tensor, causal",
+    )
+    weight: float = 1.0
+
+
+class ReinforceTrainer(Section):
+    """REINFORCE: the policy gradient on the samples that the policy just drew."""
+
+    type: Literal["reinforce"]
+    entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus, reward per nat")
+    value_coef: float = Field(0.1, ge=0, description="weight of the value loss, where a value is learned")
+
+
+class CreditConfig(Section):
+    """How token rewards become advantages (rlkl/credit.py)."""
+
+    horizon: Positive | None = Field(None, description="reward window in policy tokens; null = the episode")
+    gamma: float = Field(1.0, ge=0, le=1, description="discount a token")
+    advantage: Literal["returns", "gae"] = "returns"
+    lambda_: float = Field(0.95, ge=0, le=1, alias="lambda", description="GAE's lambda")
+    baseline: Literal["none", "batch_mean", "leave_one_out", "ema", "value", "group_norm"] = "leave_one_out"
+    ema_decay: float = Field(0.9, ge=0, lt=1, description="share of the old EMA baseline kept a step")
+    bootstrap_truncated: bool = Field(
+        False, description="a truncated episode bootstraps V instead of 0 (its score was already paid)"
+    )
+    centre_rewards: bool = Field(False, description="subtract the mean score of the batch's other samples")
+    whiten_rewards: bool = Field(False, description="divide rewards by their global std, before KL enters")
+    whiten_advantages: bool = Field(False, description="standardise advantages; this rescales beta")
+    normaliser: Literal["sequence", "token_mean", "sequence_mean"] = Field(
+        "sequence", description="token_mean and sequence_mean are biased"
+    )
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_by_name=True)
+
+    @property
+    def needs_value(self) -> bool:
+        """Whether a value head must be learned."""
+        return self.advantage == "gae" or self.baseline == "value" or self.bootstrap_truncated
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.horizon is not None and self.advantage == "gae" and self.lambda_ < 1:
+            raise ValueError(
+                f"horizon={self.horizon} with advantage=gae, lambda={self.lambda_}: GAE with lambda<1 would "
+                "silently ignore the horizon; use advantage=returns"
+            )
+        if self.horizon is not None and (self.advantage == "gae" or self.bootstrap_truncated):
+            raise ValueError(
+                f"horizon={self.horizon}: a finite horizon takes G_t - b_t without bootstrap; "
+                "use advantage=returns and bootstrap_truncated=false"
+            )
+        if self.advantage == "gae" and self.baseline != "value":
+            raise ValueError(
+                f"advantage=gae with baseline={self.baseline}: GAE's baseline is the learned value; set baseline=value"
+            )
+        return self
+
+
+class KLConfig(Section):
+    """The KL penalty (rlkl/kl.py)."""
+
+    beta: float = Field(0.05, ge=0, description="reward per nat of a sequence's KL (of a token's, under a token mean)")
+    placement: Literal["reward", "loss"] = "reward"
+    estimator: Literal[
+        "k1", "k2", "k3", "k2_sequence", "k1_ratio", "k3_ratio", "exact", "exact_local", "exact_forward"
+    ] = "k1"
+    window: Literal["own", "same", "full", "anchored"] | None = Field(
+        None, description="KL window of k1 in the reward; null = full, or anchored for a finite horizon"
+    )
+    target: float | None = Field(None, gt=0, description="nats a sequence; set, beta adapts towards it")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        chosen = (self.placement, self.estimator)
+        if chosen not in GRADIENT:
+            why = REFUSED.get(chosen, "only k1 can be paid as a reward")
+            good = ", ".join(e for p, e in GRADIENT if p == self.placement)
+            raise ValueError(f"estimator={self.estimator} with placement={self.placement}: {why}; use {good}")
+        if self.placement == "loss" and self.window is not None:
+            raise ValueError(
+                f"window={self.window} with placement=loss: a window cuts returns; it needs placement=reward"
+            )
+        if self.target is not None and self.beta == 0:
+            raise ValueError(f"target={self.target} with beta=0: beta adapts by factors; start above 0")
+        return self
+
+    def resolved_window(self, horizon: int | None) -> str:
+        """The KL window in force for a reward horizon."""
+        return self.window or ("full" if horizon is None else "anchored")
+
+
+Source = Annotated[FunctionSource, Field()]
+TrainerConfig = Annotated[ReinforceTrainer, Field()]
