@@ -110,7 +110,9 @@ def batch_mean_without_self(x_BT: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     if count < 2:
         raise ValueError("credit.baseline=batch_mean: the batch has 1 sample; sample 2 or more a step")
     width = x_BT.shape[1]  # ranks may hold completions of other lengths
-    widest_T = torch.nn.functional.pad(x_BT.sum(0), (0, global_max(width, x_BT.device) - width))
+    widest_T = torch.nn.functional.pad(
+        x_BT.sum(0), (0, int(global_max(torch.tensor(width, device=x_BT.device))) - width)
+    )
     return (global_sum(widest_T)[:width] - x_BT) / (count - 1)
 
 

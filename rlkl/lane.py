@@ -1,5 +1,6 @@
 """A lane: all the state of one run, and how it is built from its configuration."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from rlkl import models, recording, rewards, tracking
 from rlkl.config import Config
 from rlkl.data.prompts import PromptSet, records
 from rlkl.policy import Policy
 from rlkl.rewards import WeightedSum
-from rlkl.sampling import EVALUATE, TRAIN, Prompts, sample
-from rlkl.trainers import TRAINERS, Reinforce
-from rlkl.types import Need, Rollout
+from rlkl.sampling import EVALUATE, MINIBATCHES, TRAIN, Prompts, permutation, sample
+from rlkl.trainers import TRAINERS
+from rlkl.types import Need, Rollout, Trainer
 
 
 @dataclass
@@ -25,7 +27,7 @@ class Lane:
     config: Config
     policy: Policy
     tokenizer: Any
-    trainer: Reinforce
+    trainer: Trainer
     reward: WeightedSum
     train_prompts: PromptSet
     held_out: Prompts
@@ -44,6 +46,24 @@ class Lane:
         """Move to the accelerator's device. ``forward`` is the prepared policy, the only one to be called."""
         self.forward, self.optimiser = accelerator.prepare(self.policy, self.optimiser)
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
+
+    def minibatches(self, rollout: Rollout, step: int, epoch: int) -> Iterator[tuple[Tensor, float]]:
+        """Rows of this process in each update of a pass, and what their weights are multiplied by.
+
+        Completions are dealt out by a permutation of the whole batch, the same whatever the processes. A process
+        without a row in some minibatch takes part with one of weight 0, so that gradients can meet.
+        """
+        count = self.trainer.minibatches
+        if count == 1:
+            yield torch.arange(len(rollout)), 1.0
+            return
+        rollouts = self.config.rollout
+        total = rollouts.prompts * rollouts.samples_per_prompt
+        place = torch.tensor(permutation(self.config.seed, MINIBATCHES + epoch, step, total))
+        place_B = place.to(rollout.sample_id_B.device)[rollout.sample_id_B]
+        for k in range(count):
+            rows = (place_B % count == k).nonzero().squeeze(1).cpu()
+            yield (rows, float(count)) if len(rows) else (torch.zeros(1, dtype=torch.long), 0.0)
 
     @property
     def score_need(self) -> set[Need]:

@@ -6,6 +6,7 @@ import math
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ from rlkl import RunError, artefacts, credit, dashboards, kl, launch, plots, set
 from rlkl.config import Config, KLConfig, OptimiserConfig
 from rlkl.evaluate import Evaluation, chunks, evaluate, join, sample_rows
 from rlkl.lane import Lane, build, collect
-from rlkl.reduce import finish, global_sum, masked_mean, masked_std
+from rlkl.reduce import finish, global_sum, masked_mean, masked_std, merge
 from rlkl.screen import Screen
-from rlkl.trainers import Reinforce
-from rlkl.types import Batch, End, Metrics, PolicyOutput, Rollout, TokenRewards
+from rlkl.types import Batch, End, Metrics, PolicyOutput, Rollout, TokenRewards, Trainer
 
 
 def train(
@@ -138,7 +138,7 @@ def score(lane: Lane, rollout: Rollout) -> PolicyOutput:
 
 
 def step_loss(
-    trainer: Reinforce, kl_config: KLConfig, beta: float, out: PolicyOutput, batch: Batch
+    trainer: Trainer, kl_config: KLConfig, beta: float, out: PolicyOutput, batch: Batch
 ) -> tuple[Tensor, Metrics]:
     """What is differentiated: the trainer's loss plus beta times the KL that is placed in the loss."""
     loss, metrics = trainer.loss(out, batch)
@@ -147,7 +147,24 @@ def step_loss(
 
 
 def update(lane: Lane, rollout: Rollout, batch: Batch, step: int, accelerator: Accelerator) -> Metrics:
-    """One optimiser step on the whole batch, accumulated over micro-batches."""
+    """The optimiser steps on one batch: epochs of minibatches, until the trainer has had enough."""
+    metrics: Metrics = {}
+    for epoch in range(lane.trainer.epochs):
+        this: Metrics = {}
+        for rows, share in lane.minibatches(rollout, step, epoch):
+            part = batch.rows(rows)
+            weight_BT, mask_BT = part.weight_BT * share, part.mask_BT & (share > 0)
+            part = replace(part, weight_BT=weight_BT, mask_BT=mask_BT, tokens=part.tokens / max(share, 1.0))
+            this = merge(this, optimise(lane, rollout.rows(rows), part, step, accelerator))
+        metrics = merge(metrics, this)
+        if lane.trainer.stop(finish(this)):
+            break
+    passes = metrics["policy/grad_norm"][0].new_tensor(epoch + 1.0)
+    return metrics | {"policy/epochs": (passes, torch.ones_like(passes))}
+
+
+def optimise(lane: Lane, rollout: Rollout, batch: Batch, step: int, accelerator: Accelerator) -> Metrics:
+    """One optimiser step, its gradient accumulated over micro-batches."""
     config = lane.config
     need = lane.trainer.need | kl.needs(config.kl)
     metrics: Metrics = {}
@@ -161,17 +178,18 @@ def update(lane: Lane, rollout: Rollout, batch: Batch, step: int, accelerator: A
             if not bool(loss.isfinite()):
                 raise RunError(f"step {step}: the loss is {float(loss)}; lower optimiser.learning_rate")
             accelerator.backward(loss * lane.ranks)  # gradients are averaged over ranks, the loss is a global sum
-        metrics = {k: (metrics[k][0] + s, metrics[k][1] + n) if k in metrics else (s, n) for k, (s, n) in part.items()}
+        metrics = merge(metrics, part)
     trained = [p for p in lane.policy.parameters() if p.requires_grad]
     norm = accelerator.clip_grad_norm_(trained, config.optimiser.max_grad_norm)
     if not bool(norm.isfinite()):
         raise RunError(f"step {step}: the gradient norm is {float(norm)}; lower optimiser.learning_rate")
+    rate = config.optimiser.learning_rate * schedule(config.optimiser, step, config.train.steps)
     for group in lane.optimiser.param_groups:
-        group["lr"] = config.optimiser.learning_rate * schedule(config.optimiser, step, config.train.steps)
+        group["lr"] = rate
     lane.optimiser.step()
     lane.optimiser.zero_grad()
     one = torch.ones_like(norm)
-    return metrics | {"policy/grad_norm": (norm, one), "policy/learning_rate": (one * group["lr"], one)}
+    return metrics | {"policy/grad_norm": (norm, one), "policy/learning_rate": (one * rate, one)}
 
 
 def schedule(config: OptimiserConfig, step: int, total: int) -> float:
@@ -197,6 +215,10 @@ def step_metrics(rollout: Rollout, rewards: TokenRewards, batch: Batch, scored: 
         "credit/advantage_std": masked_std(batch.adv_BT, mask_BT),
         "credit/return": masked_mean(batch.return_BT, mask_BT),
     }
+    if batch.behaviour_value_BT is not None:
+        residual = masked_std(batch.return_BT - batch.behaviour_value_BT, mask_BT)
+        spread = masked_std(batch.return_BT, mask_BT)
+        values["credit/explained_variance"] = 1 - (residual / spread.clamp(min=1e-8)) ** 2
     values |= {f"reward/train/{name}": masked_mean(x.sum(-1), everyone) for name, x in rewards.shares.items()}
     return {name: float(x) for name, x in values.items()}
 

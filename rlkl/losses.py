@@ -16,7 +16,7 @@ from rlkl.types import Metrics
 def sequence_mean(term_BT: Tensor, weight_BT: Tensor) -> tuple[Tensor, Tensor]:
     """``(sum, count)`` of the mean over sequences of the token sums of ``term_BT`` where a token trains."""
     total = (term_BT * (weight_BT > 0)).sum().detach()
-    return total, torch.full_like(total, weight_BT.shape[0])
+    return total, (weight_BT > 0).any(-1).sum().to(total.dtype)
 
 
 def policy_gradient(
@@ -29,6 +29,38 @@ def policy_gradient(
     """
     term_BT = -adv_BT.detach() * logp_BT
     return (weight_BT * term_BT).sum(), {"loss/policy": sequence_mean(term_BT, weight_BT)}
+
+
+def ppo_clip(
+    logp_BT: Float[Tensor, "B T"],
+    behaviour_logp_BT: Float[Tensor, "B T"],
+    adv_BT: Float[Tensor, "B T"],
+    weight_BT: Float[Tensor, "B T"],
+    clip: float,
+) -> tuple[Float[Tensor, ""], Metrics]:
+    r"""PPO's surrogate :math:`-\sum_t w_t\min(\rho_t A_t,\mathrm{clip}(\rho_t,1\pm c)A_t)` (Schulman et al. 2017).
+
+    :math:`\rho_t=\pi/\pi_{old}` at the sampled token. Reported beside the loss: the share of tokens on which the clip
+    binds; ``policy/approx_kl``, the k3 estimate :math:`\rho-1-\log\rho` of KL(old||new), nats a token; and the range
+    of the ratio.
+    """
+    train_BT = weight_BT > 0
+    log_ratio_BT = (logp_BT - behaviour_logp_BT.detach()) * train_BT
+    ratio_BT = log_ratio_BT.exp()
+    adv_BT = adv_BT.detach()
+    plain_BT, clipped_BT = ratio_BT * adv_BT, ratio_BT.clamp(1 - clip, 1 + clip) * adv_BT
+    term_BT = -torch.minimum(plain_BT, clipped_BT)
+    tokens = train_BT.sum().to(term_BT.dtype)
+    with torch.no_grad():
+        k3_BT = torch.expm1(log_ratio_BT) - log_ratio_BT
+        metrics = {
+            "loss/policy": sequence_mean(term_BT, weight_BT),
+            "policy/clip_fraction": ((clipped_BT < plain_BT).sum().to(term_BT.dtype), tokens),
+            "policy/approx_kl": (k3_BT.sum(), tokens),
+            "policy/ratio_min": (ratio_BT.amin(), tokens),
+            "policy/ratio_max": (ratio_BT.amax(), tokens),
+        }
+    return (weight_BT * term_BT).sum(), metrics
 
 
 def value(

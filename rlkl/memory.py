@@ -7,6 +7,7 @@ for one process and without the allocator's overhead.
 Torch is imported by the functions that need it.
 """
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from rlkl.config import Config, LoraConfig, PretrainedModel
 
 GIB = 2**30
 ASSUMED_PROMPT = 512  # tokens, where data.max_prompt_tokens does not say
-# Arrays of float32 [chunk, V] that live at once in the vocabulary head, rounded up from what tests/test_memory.py measures.
+# Arrays of float32 [chunk, V] that live at once in the vocabulary head; tests/test_memory.py measures the whole.
 HEAD_ARRAYS = {"log-probs": 4, "whole distributions": 7, "evaluation": 6}
 DECODE_BYTES = 4 + 3 * 8  # a next-token probability: float32 log-probs; float64 probabilities, their sums, a copy
 
@@ -58,10 +59,12 @@ def lines(config: Config) -> list[str]:
     """The estimate of a run for ``--dry-run``, or one line that says why there is none."""
     if not isinstance(config.model, PretrainedModel):
         return [f"not worked out for model.type={config.model.type}, a small model of its own"]
-    try:
-        return list(estimate(config).lines())
-    except ValueError as error:
-        return [f"not worked out: {error}"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers and peft, about their own names
+        try:
+            return list(estimate(config).lines())
+        except ValueError as error:
+            return [f"not worked out: {error}"]
 
 
 def estimate(config: Config) -> Memory:
@@ -80,16 +83,17 @@ def estimate(config: Config) -> Memory:
     held = [Part("weights", weights, config.model.dtype)]
     if reference:
         held.append(Part("reference", reference, why))
-    count, extra = len_parameters(every), len_parameters(trained)
+    count, extra = _count(every), _count(trained)
     if config.credit.needs_value:
         critic = list(base.base_model.parameters()) if config.model.critic == "separate" else []
         head = base.config.get_text_config().hidden_size + 1
         held.append(Part("value", _bytes(critic) + 4 * head, f"critic: {config.model.critic}"))
-        count, extra = count + len_parameters(critic) + head, extra + len_parameters(critic) + head
+        count, extra = count + _count(critic) + head, extra + _count(critic) + head
         learned += held[-1].bytes
     held.append(Part("gradients", learned))
     held.append(Part("Adam states", 2 * learned))
-    return Memory(count, extra, held, _stages(config, model, base))
+    stages = {**_stages(config, model, base), "step": [Part("AdamW at work", learned, "at most")]}
+    return Memory(count, extra, held, stages)
 
 
 def empty_model(path: str, dtype: str, lora: LoraConfig | None = None) -> Any:
@@ -186,9 +190,11 @@ def _stages(config: Config, model: Any, base: Any) -> dict[str, list[Part]]:
     layer, why = kept // text.num_hidden_layers, f"{rows} x {length} tokens"
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        kept, why = kept_for_backward(model, rows, length, bf16) + layer, f"{why}, one layer at a time"
+        kept = kept_for_backward(model, rows, length, bf16)
     if config.credit.needs_value and config.model.critic == "separate":
         kept *= 2
+    activations = Part("activations", kept, why)
+    again = [activations, Part("one layer again", layer)] if train.gradient_checkpointing else []
     whole = "exact" in config.kl.estimator or getattr(config.trainer, "entropy_coef", 0) > 0
     drawn = max(min(rollout.micro_batch, batch), min(4 * train.micro_batch, evaluated))
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -205,11 +211,9 @@ def _stages(config: Config, model: Any, base: Any) -> dict[str, list[Part]]:
             Part("KV cache", cache, f"{drawn} x {length} tokens x {text.num_hidden_layers} layers"),
             Part("next tokens", DECODE_BYTES * drawn * text.vocab_size, f"{drawn} x {text.vocab_size} tokens"),
         ],
-        "training": [
-            Part("activations", kept, why),
-            head(HEAD_ARRAYS["whole distributions" if whole else "log-probs"]),
-        ],
-        "evaluation": [Part("activations", layer, "of one layer"), head(HEAD_ARRAYS["evaluation"])],
+        "training": [activations, head(HEAD_ARRAYS["whole distributions" if whole else "log-probs"])],
+        "or": again,
+        "evaluation": [head(HEAD_ARRAYS["evaluation"])],
     }
 
 
@@ -231,8 +235,7 @@ def _prompt(config: Config, text: Any) -> int:
     return int(asked or max(min(ASSUMED_PROMPT, context - config.rollout.max_new_tokens), 1))
 
 
-def len_parameters(parameters: list[Any]) -> int:
-    """How many numbers they hold."""
+def _count(parameters: list[Any]) -> int:
     return sum(p.numel() for p in parameters)
 
 

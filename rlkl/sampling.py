@@ -4,7 +4,8 @@ Token t of sample i at step s is the inverse CDF of the uniform u(seed, stream, 
 nothing else: not on rank, padding, batch or the other samples.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from rlkl.policy import DecodeState, Policy
 from rlkl.stopping import StopStrings
 from rlkl.types import End, Rollout
 
-TRAIN, EVALUATE = 0, 1  # streams of randomness
+TRAIN, EVALUATE, SPLIT, ORDER, MINIBATCHES = 0, 1, 100, 101, 1000  # streams of randomness
 
 
 def uniforms(seed: int, stream: int, step: int, sample_id_B: Tensor, length: int) -> Tensor:
@@ -26,6 +27,12 @@ def uniforms(seed: int, stream: int, step: int, sample_id_B: Tensor, length: int
         for i in sample_id_B.tolist()
     ]
     return torch.from_numpy(np.stack(rows))
+
+
+def permutation(seed: int, stream: int, epoch: int, size: int) -> list[int]:
+    """A seeded order of ``size`` things, another one for every stream and epoch."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, stream, 0]))
+    return [int(i) for i in generator.permutation(size)]
 
 
 def inverse_cdf(logp_BV: Tensor, u_B: Tensor) -> Tensor:
@@ -87,13 +94,11 @@ def sample(
     assert not stop or prompts.decode is not None, "stop strings need a tokenizer"
     stops = StopStrings(stop, prompts.decode) if stop and prompts.decode else None
     parts = []
-    training = policy.training
-    policy.eval()  # gradient checkpointing would switch the cache off; dropout is off in any case
-    for start in range(0, len(repeat), micro_batch):
-        rows = slice(start, start + micro_batch)
-        state = DecodeState.start(prompt_BP[rows].to(device), prompt_length_B[rows].to(device), temperature)
-        parts.append([x.cpu() for x in _decode(policy, state, u_BT[rows].to(device), eos_ids, stops)])
-    policy.train(training)
+    with evaluating(policy):  # gradient checkpointing would switch the cache off; dropout is off in any case
+        for start in range(0, len(repeat), micro_batch):
+            rows = slice(start, start + micro_batch)
+            state = DecodeState.start(prompt_BP[rows].to(device), prompt_length_B[rows].to(device), temperature)
+            parts.append([x.cpu() for x in _decode(policy, state, u_BT[rows].to(device), eos_ids, stops)])
     tokens_BT, logp_BT, length_B, end_B = (torch.cat(x) for x in zip(*parts, strict=True))
     width = int(length_B.max())
     mask_BT = torch.arange(width) < length_B[:, None]
@@ -112,6 +117,18 @@ def sample(
         decode=prompts.decode,
         stop=tuple(stop),
     ).to(device)
+
+
+@contextlib.contextmanager
+def evaluating(policy: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode for the time of the context; then every module is in its own mode again."""
+    modes = [(module, module.training) for module in policy.modules()]
+    policy.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _decode(

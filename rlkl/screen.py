@@ -7,8 +7,6 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rlkl.terminal import line
-
 
 class Screen:
     """Says things, and shows how far ``total`` steps have come. Use as a context manager for the bar."""
@@ -41,6 +39,20 @@ class Screen:
             self.progress.update(self.progress.task_ids[0], completed=step, shown=shown)
         elif step % every == 0 or step == self.total:
             self.say(line(step, self.total, metrics))
+
+
+def line(step: int, total: int, metrics: Mapping[str, float]) -> str:
+    """A step on one line of the terminal."""
+    shown = [
+        ("reward", "reward/train/total", "{:.3f}"),
+        ("KL penalty", "kl/penalty", "{:.3f}"),
+        ("beta", "kl/beta", "{:.3g}"),
+        ("entropy", "policy/entropy", "{:.2f}"),
+        ("grad", "policy/grad_norm", "{:.3f}"),
+        ("s", "time/step", "{:.2f}"),
+    ]
+    parts = [f"{label} {form.format(metrics[key])}" for label, key, form in shown if key in metrics]
+    return f"step {step:>{len(str(total))}}/{total}  " + "  ".join(parts)
 
 
 def _bar(total: int) -> Progress:

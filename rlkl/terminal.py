@@ -48,20 +48,6 @@ def notices(lane: Lane, accelerator: Accelerator) -> Iterator[str]:
         )
 
 
-def line(step: int, total: int, metrics: Mapping[str, float]) -> str:
-    """A step on one line of the terminal."""
-    shown = [
-        ("reward", "reward/train/total", "{:.3f}"),
-        ("KL penalty", "kl/penalty", "{:.3f}"),
-        ("beta", "kl/beta", "{:.3g}"),
-        ("entropy", "policy/entropy", "{:.2f}"),
-        ("grad", "policy/grad_norm", "{:.3f}"),
-        ("s", "time/step", "{:.2f}"),
-    ]
-    parts = [f"{label} {form.format(metrics[key])}" for label, key, form in shown if key in metrics]
-    return f"step {step:>{len(str(total))}}/{total}  " + "  ".join(parts)
-
-
 def evaluation_line(step: int, metrics: Mapping[str, float]) -> str:
     """An evaluation on one line: rewards with standard errors, canonical KL in nats."""
     rewards = [k for k in metrics if k.startswith("reward/eval/") and f"{k}_stderr" in metrics]

@@ -16,7 +16,7 @@ Masks come from lengths, never from token ids, so a pad id equal to EOS changes 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -173,3 +173,25 @@ class Batch(_Rows):
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 """``{name: (sum, count)}``, detached: metrics of micro-batches and ranks add up before the division."""
+
+
+class Trainer(Protocol):
+    """What one objective adds to the loop. Pure: it never calls the model, logs or steps an optimiser."""
+
+    @property
+    def need(self) -> frozenset[Need]:
+        """What the training forward must return."""
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the samples of a step."""
+
+    @property
+    def minibatches(self) -> int:
+        """Updates a pass."""
+
+    def loss(self, out: PolicyOutput, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The loss, without the KL penalty, and what it reports."""
+
+    def stop(self, metrics: dict[str, float]) -> bool:
+        """Whether the means of the last pass say that the samples are used up."""

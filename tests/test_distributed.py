@@ -42,6 +42,10 @@ OBJECTIVES: dict[str, Tree] = {
     },
     "gae": {"credit": {"advantage": "gae", "baseline": "value", "bootstrap_truncated": True}},
     "exact_kl": {"kl": {"placement": "loss", "estimator": "exact", "beta": 0.3}},
+    "ppo": {
+        "trainer": {"type": "ppo", "epochs": 1, "minibatches": 3},
+        "credit": {"advantage": "gae", "baseline": "value"},
+    },
     "lora": {"model": {"lora": {"rank": 2, "alpha": 4}}},
 }
 

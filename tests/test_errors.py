@@ -333,11 +333,12 @@ def test_a_wrong_command_line_is_one_line_and_exit_2(tmp_path, monkeypatch, caps
     assert tree(tmp_path) == {}
 
 
-def test_a_run_that_did_not_finish_cannot_be_opened(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    old_run(tmp_path)
-    assert main(["eval", "runs/tiny"]) == 2
-    assert "did not finish" in capsys.readouterr().err
+def test_a_run_that_did_not_finish_cannot_be_opened(tmp_path, tiny_config, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(tiny_config))
+    for command in ("eval", "sample"):
+        assert main([command, "run"]) == 2
+        assert "did not finish" in capsys.readouterr().err
 
 
 def test_a_dry_run_finds_the_same_mistakes(train):
@@ -490,6 +491,7 @@ def test_a_token_reward_that_fails_stops_the_run(train, tmp_path, monkeypatch, f
     assert_failed(code, said, tmp_path, ["step 1: reward varied", *TOKEN_FAILURES[failure][1]])
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 def test_a_step_that_diverges_stops_the_run_with_a_remedy(train, tmp_path):
     code, said = train("optimiser.learning_rate=1e30")
     assert_failed(code, said, tmp_path, ["step 2", "lower optimiser.learning_rate"])

@@ -120,6 +120,20 @@ def test_the_gradient_of_logp_alone_equals_the_naive_one(name):
 
 
 @architectures
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
+def test_gradient_checkpointing_stays_on_and_changes_no_gradient(name):
+    plain, model = build(name, 0), build(name, 0).train()
+    expected = gradients(mixed(naive(plain, build(name, 1))), plain)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(model, reference=build(name, 1))
+    layer, calls = (model.base_model.h if name == "gpt2" else model.base_model.layers)[0], []
+    layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    found = gradients(mixed(policy(make_rollout(), NEED)), policy.model)
+    assert len(calls) == 2, "a layer runs again in the backward pass"
+    assert_same_gradients(found, expected)
+
+
+@architectures
 @pytest.mark.parametrize("head_chunk", [1, 7, 1024])
 def test_values_do_not_depend_on_the_chunk(name, head_chunk):
     expected = naive(build(name, 0), build(name, 1))

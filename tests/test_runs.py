@@ -40,6 +40,12 @@ def changed(config: Tree, **changes: Any) -> Tree:
 
 
 @pytest.fixture
+def no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than training the tiny model."""
+    monkeypatch.setattr("rlkl.plots.curves", lambda folder: folder / "curves.png")
+
+
+@pytest.fixture
 def run(tiny_config: Tree) -> Path:
     """The folder of a finished run of the tiny configuration."""
     return rlkl.train(tiny_config)
@@ -161,7 +167,7 @@ def test_without_a_penalty_kl_is_measured_all_the_same(tiny_config):
 
 
 @pytest.mark.parametrize(("placement", "estimator"), sorted(GRADIENT))
-def test_every_place_and_estimator_of_the_penalty_trains(tiny_config, placement, estimator):
+def test_every_place_and_estimator_of_the_penalty_trains(no_figure, tiny_config, placement, estimator):
     config = changed(tiny_config, kl={"placement": placement, "estimator": estimator, "beta": 0.3}, name="penalised")
     penalised = metrics(rlkl.train(config))
     assert [row["step"] for row in penalised] == [0, 1, 2]
@@ -182,7 +188,7 @@ def test_every_place_and_estimator_of_the_penalty_trains(tiny_config, placement,
     ],
     ids=lambda credit: " ".join(map(str, credit.values())),
 )
-def test_every_baseline_trains(tiny_config, credit):
+def test_every_baseline_trains(no_figure, tiny_config, credit):
     rows = metrics(rlkl.train(changed(tiny_config, credit=credit)))
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert ("loss/value" in rows[1]) == (credit["baseline"] == "value")
@@ -203,6 +209,14 @@ def test_held_out_prompts_are_not_trained_on(tiny_config):
     assert len(held) == 2
     assert not set(train) & set(held)
     assert sorted(train + held) == sorted(record["prompt"] for record in RECORDS)
+
+
+def test_a_line_separator_within_a_prompt_ends_no_record(tiny_config):
+    texts = ["one\u2028two", "three\u0085four", "five\x0bsix", "seven"]
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    Path("prompts.jsonl").write_text("\r\n".join(lines), encoding="utf-8")
+    train, held = prompts_of(tiny_config)
+    assert sorted(train + held) == sorted(texts)
 
 
 def test_the_split_depends_on_the_seed_alone(tiny_config):

@@ -134,11 +134,30 @@ def test_behaviour_logp_equals_the_train_time_logp(name, temperature):
 
 
 @architectures
-def test_sampling_does_not_touch_gradients_or_modes(name):
-    policy = Policy(build(name).train())
+@pytest.mark.parametrize("training", [True, False])
+def test_sampling_does_not_touch_gradients_or_modes(name, training):
+    policy = Policy(build(name).train(training))
+    policy.model.base_model.eval()  # a mixture is kept too
+    before = {module: module.training for module in policy.modules()}
     rollout = drawn(policy)
-    assert not rollout.behaviour_logp_BT.requires_grad
-    assert policy.model.training and torch.is_grad_enabled()
+    assert not rollout.behaviour_logp_BT.requires_grad and torch.is_grad_enabled()
+    assert {module: module.training for module in policy.modules()} == before
+
+
+def test_modes_are_kept_where_decoding_fails():
+    policy = Policy(build("llama").train())
+    policy.model.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        drawn(policy)
+    assert policy.training and policy.model.training
+
+
+@architectures
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
+def test_gradient_checkpointing_changes_no_sample(name):
+    model = build(name).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same_samples(drawn(Policy(model)), drawn(Policy(build(name))))
 
 
 @architectures

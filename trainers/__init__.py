@@ -3,8 +3,9 @@
 if __name__ != "rlkl.trainers":
     raise ImportError(f"{__name__}: import this package as rlkl.trainers")
 
+from rlkl.trainers.ppo import PPO
 from rlkl.trainers.reinforce import Reinforce
 
-TRAINERS = {"reinforce": Reinforce}
+TRAINERS = {"ppo": PPO, "reinforce": Reinforce}
 
-__all__ = ["TRAINERS", "Reinforce"]
+__all__ = ["PPO", "TRAINERS", "Reinforce"]

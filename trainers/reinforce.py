@@ -20,6 +20,9 @@ class Reinforce:
     config: ReinforceTrainer
     credit: CreditConfig
 
+    epochs = 1
+    minibatches = 1
+
     @property
     def need(self) -> frozenset[Need]:
         """What the training forward must return."""
@@ -40,3 +43,7 @@ class Reinforce:
             error, more = losses.value(out.get("value_BT"), batch.return_BT, batch.mask_BT, batch.tokens)
             total, metrics = total + self.config.value_coef * error, metrics | more
         return total, metrics
+
+    def stop(self, metrics: dict[str, float]) -> bool:
+        """Never: there is one pass."""
+        return False

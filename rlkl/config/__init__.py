@@ -17,6 +17,7 @@ from rlkl.config.objective import (
     CreditConfig,
     FunctionSource,
     KLConfig,
+    PPOTrainer,
     ReinforceTrainer,
     Source,
     TrainerConfig,
@@ -28,7 +29,7 @@ class RolloutConfig(Section):
 
     prompts: Positive = Field(16, description="prompts a step")
     samples_per_prompt: Positive = Field(4, description="completions a prompt")
-    max_new_tokens: Positive = 64
+    max_new_tokens: Positive = Field(64, description="tokens of a completion, at most")
     temperature: float = Field(1.0, gt=0, description="divides policy and reference logits alike")
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         [], description="texts that end a completion and are no part of its text; the token that completes one trains"
@@ -47,20 +48,20 @@ class RolloutConfig(Section):
 class OptimiserConfig(Section):
     """AdamW and its schedule."""
 
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, description="after the warm-up, before the schedule")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="after the warm-up; linear and cosine end at 0"
     )
     warmup_steps: int = Field(0, ge=0, description="linear warm-up, steps")
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0, description="decoupled from the gradient (AdamW)")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of Adam's first and second moment")
     max_grad_norm: float = Field(1.0, gt=0, description="global norm above which gradients are scaled down")
 
 
 class TrainConfig(Section):
     """The loop."""
 
-    steps: Positive = 100
+    steps: Positive = Field(100, description="each draws new completions")
     mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16: autocast; the weights keep their dtype")
     gradient_checkpointing: bool = Field(
         False, description="recompute layers in the backward pass: less memory, more time, same results"
@@ -76,7 +77,7 @@ class EvaluateConfig(Section):
 
     every: Positive = Field(10, description="steps; the first and the last model are always evaluated")
     prompts: Positive = Field(64, description="held-out prompts, at most")
-    samples_per_prompt: Positive = 4
+    samples_per_prompt: Positive = Field(4, description="completions a prompt")
 
 
 class LogConfig(Section):
@@ -97,8 +98,8 @@ class Config(Section):
     """A run."""
 
     name: str = Field(pattern=r"^[\w.-]+$", description="the run is written to <folder>/<name>")
-    folder: str = "runs"
-    seed: int = Field(0, ge=0, lt=2**32)
+    folder: str = Field("runs", description="where the runs are")
+    seed: int = Field(0, ge=0, lt=2**32, description="of all samples, of the order of prompts and of the split")
     model: Model
     data: Data
     rewards: dict[str, Source] = Field(min_length=1, description="name -> source; weighted sum")
@@ -127,9 +128,30 @@ class Config(Section):
         batch = self.rollout.prompts * self.rollout.samples_per_prompt
         if self.credit.baseline == "batch_mean" and batch < 2:
             raise ValueError("credit.baseline=batch_mean with 1 completion a step; sample 2 or more")
+        if self.trainer.type == "ppo":
+            self._check_ppo(self.trainer)
         if self.data.type == "facts" and self.model.type == "tiny":
             raise ValueError("model.type=tiny with data.type=facts: facts has a base model; use model.type=facts")
         return self
+
+    def _check_ppo(self, ppo: PPOTrainer) -> None:
+        """Refuse what means nothing once samples are reused."""
+        usual = {name: field.default for name, field in PPOTrainer.model_fields.items()}
+        valued = [name for name in ("value_clip", "value_coef") if getattr(ppo, name) != usual[name]]
+        if valued and not self.credit.needs_value:
+            raise ValueError(
+                f"trainer.{valued[0]}={getattr(ppo, valued[0])} with credit.baseline={self.credit.baseline}: no value is learned; "
+                "set credit.baseline=value, or drop the key"
+            )
+        drawn = ("k2", "k2_sequence", "k3")
+        if ppo.updates > 1 and self.kl.placement == "loss" and self.kl.estimator in drawn and self.kl.beta > 0:
+            raise ValueError(
+                f"kl.estimator={self.kl.estimator} with {ppo.updates} updates a step: after the first, the samples are "
+                "no longer the policy's; use k1_ratio, k3_ratio, exact or exact_local, or kl.placement=reward"
+            )
+        batch = self.rollout.prompts * self.rollout.samples_per_prompt
+        if ppo.minibatches > batch:
+            raise ValueError(f"trainer.minibatches={ppo.minibatches}: a step has {batch} completions; use fewer")
 
 
 def dump(config: Config) -> dict[str, Any]:
@@ -155,6 +177,7 @@ __all__ = [
     "Model",
     "ModelSection",
     "OptimiserConfig",
+    "PPOTrainer",
     "PretrainedModel",
     "ReinforceTrainer",
     "RolloutConfig",

@@ -10,7 +10,7 @@ from rlkl.config.base import Positive, Section
 class LoraConfig(Section):
     """A LoRA adapter (Hu et al. 2021), through peft; the base stays frozen."""
 
-    rank: Positive = 16
+    rank: Positive = Field(16, description="of the update of a weight matrix")
     alpha: int = Field(32, ge=1, description="the adapter's update is scaled by alpha / rank")
     targets: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="names of modules; all-linear leaves the output embedding out"
@@ -50,12 +50,12 @@ class TinyModel(ModelSection):
 
     type: Literal["tiny"]
     texts: list[str] = Field(min_length=1, description="columns joined by a space into one text a record")
-    vocabulary: int = Field(1024, ge=260)
-    hidden: int = Field(96, ge=8, multiple_of=8)
-    layers: Positive = 2
+    vocabulary: int = Field(1024, ge=260, description="tokens of its byte-level BPE, at most")
+    hidden: int = Field(96, ge=8, multiple_of=8, description="width")
+    layers: Positive = Field(2, description="depth")
     context: int = Field(256, ge=16, description="tokens")
-    steps: Positive = 300
-    learning_rate: float = Field(3e-3, gt=0)
+    steps: Positive = Field(300, description="of its own training, 16 texts each")
+    learning_rate: float = Field(3e-3, gt=0, description="of its own training")
 
 
 Model = Annotated[PretrainedModel | FactsModel | TinyModel, Field(discriminator="type")]

@@ -39,7 +39,7 @@ class FunctionSource(Section):
         description="sequence: f(prompts, completions, **columns) -> list[float], paid at the last policy token; "
         "token: f(rollout) -> [B, T] tensor, causal",
     )
-    weight: float = 1.0
+    weight: float = Field(1.0, description="in the sum of the sources; 0 = only watched")
 
 
 class ReinforceTrainer(Section):
@@ -50,14 +50,36 @@ class ReinforceTrainer(Section):
     value_coef: float = Field(0.1, ge=0, description="weight of the value loss, where a value is learned")
 
 
+class PPOTrainer(Section):
+    """PPO: several updates on the same samples, held near the sampling policy by a clip."""
+
+    type: Literal["ppo"]
+    clip: float = Field(0.2, gt=0, description="the ratio to the sampling policy gains nothing beyond 1 +- clip")
+    value_clip: float | None = Field(0.2, gt=0, description="the same for values, around those at sampling; null = off")
+    value_coef: float = Field(0.1, ge=0, description="weight of the value loss, where a value is learned")
+    entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus, reward per nat")
+    epochs: Positive = Field(4, description="passes over the samples of a step")
+    minibatches: Positive = Field(1, description="updates a pass")
+    target_kl: float | None = Field(
+        None, gt=0, description="no further pass once the mean KL(old||new) exceeds this, nats a token"
+    )
+
+    @property
+    def updates(self) -> int:
+        """Updates on the samples of a step."""
+        return self.epochs * self.minibatches
+
+
 class CreditConfig(Section):
     """How token rewards become advantages (rlkl/credit.py)."""
 
     horizon: Positive | None = Field(None, description="reward window in policy tokens; null = the episode")
     gamma: float = Field(1.0, ge=0, le=1, description="discount a token")
-    advantage: Literal["returns", "gae"] = "returns"
+    advantage: Literal["returns", "gae"] = Field("returns", description="returns - baseline, or GAE on a value")
     lambda_: float = Field(0.95, ge=0, le=1, alias="lambda", description="GAE's lambda")
-    baseline: Literal["none", "batch_mean", "leave_one_out", "ema", "value", "group_norm"] = "leave_one_out"
+    baseline: Literal["none", "batch_mean", "leave_one_out", "ema", "value", "group_norm"] = Field(
+        "leave_one_out", description="what is subtracted from returns; group_norm (GRPO's) is biased"
+    )
     ema_decay: float = Field(0.9, ge=0, lt=1, description="share of the old EMA baseline kept a step")
     bootstrap_truncated: bool = Field(
         False, description="a truncated episode bootstraps V instead of 0 (its score was already paid)"
@@ -99,10 +121,10 @@ class KLConfig(Section):
     """The KL penalty (rlkl/kl.py)."""
 
     beta: float = Field(0.05, ge=0, description="reward per nat of a sequence's KL (of a token's, under a token mean)")
-    placement: Literal["reward", "loss"] = "reward"
+    placement: Literal["reward", "loss"] = Field("reward", description="paid by credit, or differentiated")
     estimator: Literal[
         "k1", "k2", "k3", "k2_sequence", "k1_ratio", "k3_ratio", "exact", "exact_local", "exact_forward"
-    ] = "k1"
+    ] = Field("k1", description="see the table of gradients at the end")
     window: Literal["own", "same", "full", "anchored"] | None = Field(
         None, description="KL window of k1 in the reward; null = full, or anchored for a finite horizon"
     )
@@ -129,4 +151,4 @@ class KLConfig(Section):
 
 
 Source = Annotated[FunctionSource, Field()]
-TrainerConfig = Annotated[ReinforceTrainer, Field()]
+TrainerConfig = Annotated[ReinforceTrainer | PPOTrainer, Field(discriminator="type")]

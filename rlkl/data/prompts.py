@@ -5,15 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from jinja2 import TemplateError
 
 from rlkl.config.data import Data, FactsData, TableData
 from rlkl.data import sources
 from rlkl.data.sources import Record
-from rlkl.sampling import Prompts
-
-SPLIT, ORDER = 100, 101  # streams of randomness, beside those of sampling
+from rlkl.sampling import ORDER, SPLIT, Prompts, permutation
 
 
 def records(config: Data, seed: int) -> tuple[list[Record], list[Record]]:
@@ -42,7 +39,7 @@ def records(config: Data, seed: int) -> tuple[list[Record], list[Record]]:
     if len(distinct) < 2:
         raise ValueError(f"{config.path}: 1 record (or many of 1 prompt) cannot be split; name others in data.held_out")
     kept = min(max(round(len(distinct) * config.held_out), 1), len(distinct) - 1)
-    chosen = {distinct[i] for i in _permutation(seed, SPLIT, 0, len(distinct))[:kept]}
+    chosen = {distinct[i] for i in permutation(seed, SPLIT, 0, len(distinct))[:kept]}
     return [r for r in train if _key(r) not in chosen], [r for r in train if _key(r) in chosen]
 
 
@@ -134,7 +131,7 @@ class PromptSet:
         """
         total = len(self.ids)
         places = [divmod(position, total) for position in range((step - 1) * count, step * count)]
-        orders = {epoch: _permutation(self.seed, ORDER, epoch, total) for epoch in {epoch for epoch, _ in places}}
+        orders = {epoch: permutation(self.seed, ORDER, epoch, total) for epoch in {epoch for epoch, _ in places}}
         return self.take([orders[epoch][place] for epoch, place in places])
 
     def take(self, chosen: Sequence[int]) -> Prompts:
@@ -161,8 +158,3 @@ def _limit(context: int | None, max_new_tokens: int, config: Data | None) -> tup
     if room is not None and asked > room:
         raise ValueError(f"data.max_prompt_tokens={asked}: {rest} leaves {room} tokens; lower one of them")
     return asked, "(data.max_prompt_tokens); shorten it or raise the limit"
-
-
-def _permutation(seed: int, stream: int, epoch: int, size: int) -> list[int]:
-    generator = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, stream, 0]))
-    return [int(i) for i in generator.permutation(size)]

@@ -1,0 +1,50 @@
+"""docs/metrics.md is current, and says everything that runs emit and nothing else."""
+
+from pathlib import Path
+
+import pytest
+from conftest import Tree
+
+import rlkl
+from rlkl import metrics, settings, tracking
+from rlkl.config import GRADIENT
+
+BASELINES = ("none", "batch_mean", "leave_one_out", "ema", "value", "group_norm")
+RUNS: dict[str, Tree] = {
+    **{f"baseline {name}": {"credit": {"baseline": name}} for name in BASELINES},
+    **{f"{e} in the {p}": {"kl": {"placement": p, "estimator": e}} for p, e in GRADIENT},
+    "gae": {"credit": {"advantage": "gae", "baseline": "value", "bootstrap_truncated": True}},
+    "horizon": {"credit": {"horizon": 2}},
+    "entropy": {"trainer": {"type": "reinforce", "entropy_coef": 0.1}},
+    "beta 0": {"kl": {"beta": 0}},
+    "adaptive beta": {"kl": {"target": 1.0}},
+    "whitening": {"credit": {"whiten_rewards": True, "whiten_advantages": True, "centre_rewards": True}},
+    "one prompt": {"evaluate": {"prompts": 1, "samples_per_prompt": 2}},
+}
+
+
+def test_every_key_of_a_run_is_documented_once_and_every_documented_key_is_emitted(tiny_config):
+    seen = set()
+    for name, change in RUNS.items():
+        folder = rlkl.train({**tiny_config, **change, "name": name.replace(" ", "-")})
+        keys = {key for row in tracking.read_metrics(folder) for key in row} - {"step"}
+        found = {key: metrics.documented(key) for key in keys}
+        assert {key: entries for key, entries in found.items() if len(entries) != 1} == {}, name
+        seen |= {entries[0] for entries in found.values()}
+    assert set(metrics.METRICS) == seen
+
+
+def test_the_page_is_current():
+    page = Path(__file__).parent.parent / "docs/metrics.md"
+    assert page.read_text(encoding="utf-8") == "\n".join(metrics.page()) + "\n"
+
+
+def test_every_key_has_a_unit_and_a_meaning():
+    assert all(unit and meaning and not meaning.endswith(".") for unit, meaning in metrics.METRICS.values())
+
+
+@pytest.mark.parametrize("name", ["total", "queries", "gold_stderr", "go/ld"])
+def test_a_source_cannot_take_the_name_of_a_metric(name, tiny_config):
+    source = tiny_config["rewards"]["varied"]
+    with pytest.raises(ValueError, match=f"rewards.{name}: "):
+        settings.load({**tiny_config, "rewards": {name: source}})
