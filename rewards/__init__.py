@@ -4,12 +4,14 @@ if __name__ != "rlkl.rewards":
     raise ImportError(f"{__name__}: import this package as rlkl.rewards")
 
 from collections.abc import Mapping
+from typing import Any
 
 from rlkl.config import Source
+from rlkl.rewards.annotations import AnnotationReward
 from rlkl.rewards.combine import WeightedSum
 from rlkl.rewards.function import FunctionReward
 
-REWARDS = {"function": FunctionReward}
+REWARDS: dict[str, Any] = {"function": FunctionReward, "annotations": AnnotationReward}
 
 
 def build(configs: Mapping[str, Source]) -> WeightedSum:

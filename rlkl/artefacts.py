@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rlkl import models
+from rlkl import card, models
 from rlkl.adapters import FROZEN, TRAINED
 from rlkl.config import Config
 from rlkl.policy import Policy
@@ -57,8 +57,10 @@ def export(run: Path, config: Config, folder: Path, merge: bool) -> None:
         raise ValueError(f"{folder}: not empty; name a new folder")
     policy, tokenizer = load_policy(run, config)
     if not merge:
-        return save_final(policy, tokenizer, folder)
+        save_final(policy, tokenizer, folder)
+        return card.write(run, folder, policy.adapted)
     if not policy.adapted:
         raise ValueError(f"{run}: has no adapter to merge; leave --merge out")
     policy.model.merge_and_unload(adapter_names=[TRAINED]).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    card.write(run, folder, adapter=False)

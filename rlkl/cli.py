@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from rlkl import RunError
+from rlkl.data.commands import app as data
 
 # click's ClickException: typer may carry a click of its own, whose exceptions the installed click does not know.
 CommandLineError: Any = typer.BadParameter.__mro__[2]
@@ -16,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Decide how to fine-tune a language model from feedback, and trust the comparison.",
 )
+app.add_typer(data, name="data")
 
 
 @app.command()

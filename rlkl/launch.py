@@ -1,5 +1,6 @@
 """Processes and devices: what a launcher asked for, what it got, and the accelerator that results."""
 
+import os
 import re
 from typing import Any
 
@@ -27,9 +28,11 @@ def accelerator(config: Config, **kwargs: Any) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         **kwargs,
     )
-    if made.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    kinds = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    asked = [k for k in kinds if k == made.distributed_type or os.environ.get(f"ACCELERATE_USE_{k.value}") == "true"]
+    if asked:  # on a CPU accelerate would go on unsharded
         raise ValueError(
-            f"launched with {made.distributed_type.value}: sharded parameters are not supported yet; "
+            f"launched with {asked[0].value}: sharded parameters are not supported yet; "
             "use a multi-GPU configuration from configs/accelerate/"
         )
     for count, what in ((config.rollout.prompts, "rollout.prompts"), (config.evaluate.prompts, "evaluate.prompts")):

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rlkl import RunError, artefacts, credit, dashboards, kl, launch, plots, settings, terminal, tracking
+from rlkl import RunError, artefacts, card, credit, dashboards, kl, launch, plots, settings, terminal, tracking
 from rlkl.config import Config, KLConfig, OptimiserConfig
 from rlkl.evaluate import Evaluation, chunks, evaluate, join, sample_rows
 from rlkl.lane import Lane, build, collect
@@ -77,6 +77,7 @@ def run(lanes: list[Lane], trackers: list[tracking.Tracker], accelerator: Accele
         if tracker.main:
             artefacts.save_final(lane.policy, lane.tokenizer, tracker.folder / "final")
             tracker.say(f"figure: {plots.curves(tracker.folder)}", f"model:  {tracker.folder / 'final'}")
+            card.write(tracker.folder, tracker.folder / "final", lane.policy.adapted)
 
 
 def advance(lane: Lane, tracker: tracking.Tracker, step: int, accelerator: Accelerator) -> Evaluation | None:

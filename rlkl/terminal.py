@@ -67,6 +67,8 @@ def samples(rows: Sequence[Mapping[str, Any]], width: int = 100) -> Iterator[str
 def guidance(config: Config, before: Evaluation) -> Iterator[str]:
     """How many nats a run with this beta should end at, from the rewards of the base model's samples."""
     beta = config.kl.beta
+    if config.trainer.type == "token_likelihood":
+        return  # its beta is per annotated token, and no reward pays for it
     if config.kl.target is not None:
         yield f"KL guidance: beta adapts; aim for kl.target = {config.kl.target:g} nats a sequence"
         return

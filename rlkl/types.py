@@ -33,7 +33,13 @@ class End(IntEnum):
 
 
 class _Rows:
-    """Row selection for a frozen dataclass of ``[B, ...]`` tensors."""
+    """Row selection, and access to fields that must be there, for a frozen dataclass of ``[B, ...]`` tensors."""
+
+    def get(self, name: str) -> Tensor:
+        """The tensor called ``name``; asking for one that was not computed is a bug of the caller."""
+        value = getattr(self, name)
+        assert value is not None, f"{type(self).__name__}.{name} was not asked for"
+        return value  # type: ignore[no-any-return]
 
     def rows(self, index: Tensor) -> Self:
         """The samples at ``index`` (int64 ``[N]``), in that order."""
@@ -54,7 +60,8 @@ class Rollout(_Rows):
     ``behaviour_logp_BT`` are the log-probs (nats, at ``temperature``) under which the tokens were drawn.
     ``group_B`` numbers the prompt of a sample, ``sample_id_B`` the sample; both are global over ranks.
     ``annotation_BT`` are human or labelled token weights; they may look ahead and only likelihood
-    trainers read them. ``columns`` hold the prompt's text under ``prompt`` and its other columns, one list
+    trainers read them. ``annotated_BT`` (bool) says which tokens carry one; all others are masked there, and
+    weigh 0. ``columns`` hold the prompt's text under ``prompt`` and its other columns, one list
     entry a sample. ``stop`` are the texts of which one ends a completion with ``End.STOP``.
     """
 
@@ -71,6 +78,7 @@ class Rollout(_Rows):
     origin: Literal["policy", "reference", "data"] = "policy"
     pair_B: Tensor | None = None
     annotation_BT: Tensor | None = None
+    annotated_BT: Tensor | None = None
     columns: dict[str, list[Any]] = field(default_factory=dict)
     decode: Callable[[list[int]], str] | None = None
     stop: tuple[str, ...] = ()
@@ -142,12 +150,6 @@ class PolicyOutput(_Rows):
     bootstrap_B: Tensor | None = None
     alt_logp_BT: Tensor | None = None
     next_logp_BV: Tensor | None = None
-
-    def get(self, name: str) -> Tensor:
-        """The tensor called ``name``; asking for one that was not computed is a bug of the caller."""
-        value = getattr(self, name)
-        assert value is not None, f"{name} was not asked for in this forward"
-        return value  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

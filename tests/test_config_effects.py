@@ -355,23 +355,69 @@ def every_token(rollout: Rollout) -> Tensor:
     return rollout.policy_mask_BT.float()
 
 
-@shows("trainer.reinforce.type", "trainer.reinforce.entropy_coef")
-def test_the_entropy_bonus_raises_entropy(run):
-    flat = {"rewards.varied.weight": 0.0, "kl.beta": 0.0, "optimiser.learning_rate": 1e-3}
-    plain, bonus = run(flat), run({**flat, "trainer": {"type": "reinforce", "entropy_coef": 1.0}})
+ON_SAMPLES = pytest.mark.parametrize("trainer", ["reinforce", "ppo"])
+
+
+@shows("trainer.reinforce.entropy_coef", "trainer.ppo.entropy_coef")
+@ON_SAMPLES
+def test_the_entropy_bonus_raises_entropy(run, trainer):
+    flat = {"rewards.varied.weight": 0.0, "kl.beta": 0.0, "optimiser.learning_rate": 1e-3, "trainer.type": trainer}
+    plain, bonus = run(flat), run({**flat, "trainer.entropy_coef": 1.0})
     assert metrics(plain)[-1]["policy/eval/entropy"] == metrics(plain)[0]["policy/eval/entropy"]
     assert metrics(bonus)[-1]["policy/eval/entropy"] > metrics(bonus)[0]["policy/eval/entropy"]
     assert "policy/entropy" in metrics(bonus)[1]
 
 
-@shows("trainer.reinforce.value_coef")
-def test_the_value_is_learned_by_its_coefficient(run):
+@shows("trainer.reinforce.value_coef", "trainer.ppo.value_coef")
+@ON_SAMPLES
+def test_the_value_is_learned_by_its_coefficient(run, trainer):
     learned = {"credit.baseline": "value", "kl.beta": 0.0, "rewards": {"one": {"type": "function"}}, "train.steps": 3}
-    learned["rewards.one.path"] = "test_config_effects:one"
+    learned |= {"rewards.one.path": "test_config_effects:one", "trainer.type": trainer}
+    learned |= {"trainer.epochs": 1, "trainer.value_clip": None} if trainer == "ppo" else {}
     losses = {coef: series(run({**learned, "trainer.value_coef": coef}), "loss/value") for coef in (0.0, 0.5)}
     assert losses[0.0] == [0.5, 0.5, 0.5]  # the value stays 0, the return is 1
     assert losses[0.5][0] == 0.5
     assert losses[0.5][2] < losses[0.5][1] < 0.5
+
+
+@shows("trainer.reinforce.type", "trainer.ppo.type", "trainer.ppo.epochs", "trainer.ppo.minibatches")
+@pytest.mark.parametrize(
+    ("trainer", "updates"),
+    [
+        ({"type": "reinforce"}, 1),
+        ({"type": "ppo"}, 4),
+        ({"type": "ppo", "epochs": 3}, 3),
+        ({"type": "ppo", "epochs": 3, "minibatches": 2}, 6),
+    ],
+)
+def test_a_trainer_makes_so_many_updates_on_the_same_samples(run, monkeypatch, trainer, updates):
+    calls = counted_calls(monkeypatch)
+    trained = run({"trainer": trainer, "train.steps": 1})
+    assert calls["backward"] == updates
+    assert series(trained, "policy/epochs") == [trainer.get("epochs", {"reinforce": 1, "ppo": 4}[trainer["type"]])]
+    assert series(trained, "reward/queries") == [4]
+
+
+@shows("trainer.ppo.clip")
+def test_the_clip_holds_the_ratio_near_one(run):
+    runs = {clip: run({"trainer": {"type": "ppo", "clip": clip}, "train.steps": 1}) for clip in (1e-3, 1e3)}
+    assert series(runs[1e-3], "policy/clip_fraction")[0] > 0 == series(runs[1e3], "policy/clip_fraction")[0]
+    assert metrics(runs[1e-3])[-1]["kl/sequence"] < metrics(runs[1e3])[-1]["kl/sequence"]
+
+
+@shows("trainer.ppo.value_clip")
+def test_the_clip_of_values_holds_them_near_those_at_sampling(run):
+    learned = {"credit.baseline": "value", "kl.beta": 0.0, "rewards": {"one": {"type": "function"}}, "train.steps": 1}
+    learned |= {"rewards.one.path": "test_config_effects:one", "trainer.type": "ppo", "trainer.value_coef": 1.0}
+    loss = {clip: series(run({**learned, "trainer.value_clip": clip}), "loss/value")[0] for clip in (1e-9, None)}
+    assert loss[1e-9] == pytest.approx(0.5)  # the clipped values stay at 0, the return is 1
+    assert loss[None] < 0.45
+
+
+@shows("trainer.ppo.target_kl")
+def test_passes_end_where_the_policy_has_moved_past_its_target(run):
+    assert series(run({"trainer": {"type": "ppo", "target_kl": 1e-6}}), "policy/epochs") == [2, 2]
+    assert series(run({"trainer": {"type": "ppo", "target_kl": 1e6}}), "policy/epochs") == [4, 4]
 
 
 # Credit; in the first step KL is zero, so that returns are those of the rewards alone.
@@ -559,31 +605,32 @@ def test_recorded_samples_can_be_replayed_by_another_run(run):
 
 @shows("rollout.micro_batch", "train.micro_batch", "train.head_chunk", "train.gradient_checkpointing")
 @pytest.mark.parametrize(
-    "change",
+    ("key", "value", "work"),
     [
-        {"rollout.micro_batch": 1},
-        {"train.micro_batch": 1},
-        {"train.head_chunk": 3},
-        {"train.gradient_checkpointing": True},
+        ("rollout.micro_batch", 1, "_decode"),
+        ("train.micro_batch", 1, "backward"),
+        ("train.head_chunk", 3, "_chunk"),
+        ("train.gradient_checkpointing", True, "forward"),
     ],
-    ids=str,
 )
-def test_memory_is_saved_without_changing_results(run, monkeypatch, change):
-    calls: dict[str, int] = {}
-    count_calls(monkeypatch, calls)
+def test_memory_is_saved_without_changing_results(run, monkeypatch, key, value, work):
+    calls = counted_calls(monkeypatch)
     plain = run()
     before = dict(calls)
     calls.clear()
-    assert same(plain, run(change))
-    assert calls != before  # the work was cut differently
+    assert same(plain, run({key: value}))
+    assert calls[work] > before[work]  # the work was cut differently, or some of it done twice
 
 
-def count_calls(monkeypatch: pytest.MonkeyPatch, calls: dict[str, int]) -> None:
-    """Count what these keys are about: decodings, forwards, chunks of the head, layers that are computed again."""
+def counted_calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often something decodes, differentiates, passes a chunk of the head, or computes a layer."""
+    from accelerate import Accelerator
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     from rlkl import sampling
     from rlkl.policy import Policy
+
+    calls: dict[str, int] = {}
 
     def count(owner: Any, name: str) -> None:
         whole = getattr(owner, name)
@@ -594,8 +641,9 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, calls: dict[str, int]) -> None:
 
         monkeypatch.setattr(owner, name, counted)
 
-    for owner, name in ((sampling, "_decode"), (Policy, "_score"), (Policy, "_chunk"), (LlamaMLP, "forward")):
+    for owner, name in ((sampling, "_decode"), (Accelerator, "backward"), (Policy, "_chunk"), (LlamaMLP, "forward")):
         count(owner, name)
+    return calls
 
 
 # The optimiser

@@ -16,9 +16,8 @@ from PIL import Image
 import rlkl
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
-)
+FLAGS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-sync --window-size=1600,2400"
+QUIET = "--disable-background-networking --disable-component-update"
 RED = "#FF0000"
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine")]

@@ -16,6 +16,7 @@ RUNS: dict[str, Tree] = {
     "gae": {"credit": {"advantage": "gae", "baseline": "value", "bootstrap_truncated": True}},
     "horizon": {"credit": {"horizon": 2}},
     "entropy": {"trainer": {"type": "reinforce", "entropy_coef": 0.1}},
+    "ppo": {"trainer": {"type": "ppo", "minibatches": 2, "entropy_coef": 0.1}, "credit": {"baseline": "value"}},
     "beta 0": {"kl": {"beta": 0}},
     "adaptive beta": {"kl": {"target": 1.0}},
     "whitening": {"credit": {"whiten_rewards": True, "whiten_advantages": True, "centre_rewards": True}},

@@ -15,11 +15,13 @@ import yaml
 from conftest import RECORDS, SENTENCES, Tree, metrics, write_jsonl
 from models import EOS, PROMPTS, build, make_rollout
 from safetensors.torch import load_file
+from test_distributed import torchrun
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from rlkl import RunError, recording, train
+from rlkl import RunError, recording, settings, train
 from rlkl.cli import main
+from rlkl.data.prompts import PromptSet, records
 from rlkl.policy import Policy
 from rlkl.sampling import Prompts, sample
 from rlkl.tasks.pretrain import train_tokenizer
@@ -70,10 +72,8 @@ def test_every_field_survives_the_disk(dtype: torch.dtype, tmp_path: Path) -> No
 
 def test_a_tokenizer_gives_a_rollout_its_texts_again(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(SENTENCES, 270)
-    ids = [tokenizer(text)["input_ids"] for text in ("one", "é.", "a|b", "")]
-    rollout = replace(
-        make_rollout(completions=[row + [9] for row in ids]), end_B=torch.tensor([0, 0, 1, 0]), stop=("|",)
-    )
+    ids = [[*tokenizer(text)["input_ids"], 9] for text in ("one", "é.", "a|b", "")]
+    rollout = replace(make_rollout(completions=ids), end_B=torch.tensor([0, 0, 1, 0]), stop=("|",))
     recording.save(rollout, tmp_path, 1, {})
     assert recording.load(tmp_path, 1, tokenizer=tokenizer).texts() == ["one", "é.", "a", ""]
 
@@ -158,9 +158,6 @@ def test_another_objective_learns_from_the_very_same_samples(tiny_config: Tree, 
 
 
 def test_a_recording_holds_training_prompts_only_in_the_order_of_the_seed(tiny_config: Tree, recorded: Path) -> None:
-    from rlkl import settings
-    from rlkl.data.prompts import PromptSet, records
-
     tokenizer = AutoTokenizer.from_pretrained(tiny_config["model"]["path"])
     train_rows, held = records(settings.load(tiny_config).data, 0)
     expected = PromptSet.tokenise(train_rows, tokenizer, 0, None, 6)
@@ -250,3 +247,20 @@ def test_equal_prompts_under_another_seed_may_be_replayed(tiny_config: Tree) -> 
     tiny_config["data"]["held_out"] = "held.jsonl"
     run = train(tiny_config, ["name=one", "rollout.record=true"])
     train(tiny_config, ["name=two", f"rollout.replay={run}", "seed=1"])
+
+
+def test_two_processes_record_and_replay_what_one_does(tiny_config: Tree, recorded: Path) -> None:
+    tiny_config["evaluate"]["every"] = 3
+    Path("c.yaml").write_text(yaml.safe_dump(tiny_config))
+    Path("twice.py").write_text(
+        "import rlkl\n"
+        "rlkl.train('c.yaml', ['name=two', 'rollout.record=true'])\n"
+        "rlkl.train('c.yaml', ['name=again', 'rollout.replay=runs/recorded'])\n"
+    )
+    torchrun(2, "twice.py")
+    assert recording.steps(Path("runs/two")) == [1, 2, 3]
+    one, two = (recording.load(run, 1) for run in (recorded, Path("runs/two")))
+    assert one.completion_ids() == two.completion_ids() and one.columns == two.columns
+    for mine, theirs in zip(metrics(Path("runs/again")), metrics(recorded), strict=True):
+        for name in mine.keys() & {"policy/length", "reward/train/varied", "kl/penalty", "credit/advantage_std"}:
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name

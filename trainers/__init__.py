@@ -5,7 +5,8 @@ if __name__ != "rlkl.trainers":
 
 from rlkl.trainers.ppo import PPO
 from rlkl.trainers.reinforce import Reinforce
+from rlkl.trainers.token_likelihood import TokenLikelihood
 
-TRAINERS = {"ppo": PPO, "reinforce": Reinforce}
+TRAINERS = {"ppo": PPO, "reinforce": Reinforce, "token_likelihood": TokenLikelihood}
 
-__all__ = ["PPO", "TRAINERS", "Reinforce"]
+__all__ = ["PPO", "TRAINERS", "Reinforce", "TokenLikelihood"]

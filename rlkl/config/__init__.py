@@ -14,12 +14,14 @@ from rlkl.config.model import FactsModel, LoraConfig, Model, ModelSection, Pretr
 from rlkl.config.objective import (
     GRADIENT,
     REFUSED,
+    AnnotationsSource,
     CreditConfig,
     FunctionSource,
     KLConfig,
     PPOTrainer,
     ReinforceTrainer,
     Source,
+    TokenLikelihoodTrainer,
     TrainerConfig,
 )
 
@@ -140,8 +142,8 @@ class Config(Section):
         valued = [name for name in ("value_clip", "value_coef") if getattr(ppo, name) != usual[name]]
         if valued and not self.credit.needs_value:
             raise ValueError(
-                f"trainer.{valued[0]}={getattr(ppo, valued[0])} with credit.baseline={self.credit.baseline}: no value is learned; "
-                "set credit.baseline=value, or drop the key"
+                f"trainer.{valued[0]}={getattr(ppo, valued[0])} with credit.baseline={self.credit.baseline}: "
+                "no value is learned; set credit.baseline=value, or drop the key"
             )
         drawn = ("k2", "k2_sequence", "k3")
         if ppo.updates > 1 and self.kl.placement == "loss" and self.kl.estimator in drawn and self.kl.beta > 0:
@@ -162,6 +164,7 @@ def dump(config: Config) -> dict[str, Any]:
 __all__ = [
     "GRADIENT",
     "REFUSED",
+    "AnnotationsSource",
     "Config",
     "CreditConfig",
     "Data",
@@ -185,6 +188,7 @@ __all__ = [
     "Source",
     "TableData",
     "TinyModel",
+    "TokenLikelihoodTrainer",
     "TrainConfig",
     "TrainerConfig",
     "dump",

@@ -41,6 +41,36 @@ class FunctionSource(Section):
     )
     weight: float = Field(1.0, description="in the sum of the sources; 0 = only watched")
 
+    @property
+    def origin(self) -> str:
+        """Where the scores come from."""
+        return self.path
+
+
+class AnnotationsSource(Section):
+    """Spans as a reward: what a person marked is paid at its last token, what a labeller marks once it is certain."""
+
+    type: Literal["annotations"]
+    labeller: str | None = Field(
+        None,
+        pattern=r"^[\w.]+:\w+$",
+        description="module:function, completion -> list of spans with start, end (code points) and label, one query a "
+        "completion; null = the spans stored with annotated data, which new samples have not",
+    )
+    weights: dict[str, float] = Field(min_length=1, description="label -> reward of a span; every label needs one")
+    lookahead: int = Field(
+        1, ge=0, description="code points that the labeller reads behind a span; it is paid at the token of the last"
+    )
+    unmarked: float | None = Field(
+        None, description="weight of tokens without a span as likelihood annotation; null = they are masked"
+    )
+    weight: float = Field(1.0, description="in the sum of the sources; 0 = only watched")
+
+    @property
+    def origin(self) -> str:
+        """Where the spans come from."""
+        return self.labeller or "spans stored with the data"
+
 
 class ReinforceTrainer(Section):
     """REINFORCE: the policy gradient on the samples that the policy just drew."""
@@ -68,6 +98,29 @@ class PPOTrainer(Section):
     def updates(self) -> int:
         """Updates on the samples of a step."""
         return self.epochs * self.minibatches
+
+
+class TokenLikelihoodTrainer(Section):
+    """Likelihood losses on annotated tokens (rlkl/likelihood.py)."""
+
+    type: Literal["token_likelihood"]
+    loss: Literal["signed", "unlikelihood", "npo", "binary", "regression", "rwr", "contrastive"] = Field(
+        "unlikelihood", description="binary, regression and rwr hold kl.beta themselves"
+    )
+    kappa: float = Field(1.0, gt=0, description="exponent of npo; below 1 it is metastable")
+    offset: Literal["none", "prompt", "state"] = Field(
+        "state", description="of binary and regression: nothing, or learned for a prompt or for a state"
+    )
+
+    @property
+    def holding_beta(self) -> tuple[str, ...]:
+        """The losses that hold beta themselves."""
+        return ("binary", "regression", "rwr")
+
+    @property
+    def learned_offset(self) -> bool:
+        """Whether the value head doubles as the offset."""
+        return self.loss in ("binary", "regression") and self.offset != "none"
 
 
 class CreditConfig(Section):
@@ -150,5 +203,5 @@ class KLConfig(Section):
         return self.window or ("full" if horizon is None else "anchored")
 
 
-Source = Annotated[FunctionSource, Field()]
-TrainerConfig = Annotated[ReinforceTrainer | PPOTrainer, Field(discriminator="type")]
+Source = Annotated[FunctionSource | AnnotationsSource, Field(discriminator="type")]
+TrainerConfig = Annotated[ReinforceTrainer | PPOTrainer | TokenLikelihoodTrainer, Field(discriminator="type")]

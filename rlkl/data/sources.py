@@ -1,11 +1,11 @@
 """Records with a prompt each, from JSONL files and from ``datasets``."""
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rlkl.config.data import DatasetsData, JsonlData, TableData
+from rlkl.data import files
 
 Record = dict[str, Any]
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".txt": "text"}
@@ -23,25 +23,10 @@ def read(config: JsonlData | DatasetsData, held_out: str | None = None) -> list[
     """
     if isinstance(config, JsonlData):
         path, key = Path(held_out or config.path), "held_out" if held_out else "path"
-        return _checked(_lines(path, key), config, str(path))
+        rows = files.lines(path, f"data.{key} names a .jsonl file, one JSON object a line")
+        return _checked(rows, config, str(path))
     split = held_out or config.split
     return _checked(_table(config, split), config, f"{config.path}[{split}]")
-
-
-def _lines(path: Path, key: str) -> Iterator[tuple[str, Any]]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; data.{key} names a .jsonl file, one JSON object a line")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # U+2028 and the like may stand in JSON strings
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; convert the file") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            yield f"{path}:{number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not valid JSON: {error.msg}") from None
 
 
 def _table(config: DatasetsData, split: str) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,204 @@
+"""Label Studio and doccano, there and back.
+
+The completion is what annotators mark, under ``text``; ``prompt`` or ``messages`` stands beside it to be shown. What
+else a record has (its id, token ids, weights of spans, columns) travels under ``rlkl``, which both tools keep.
+A labelling configuration for Label Studio that fits (with ``<Paragraphs value="$messages" nameKey="role"
+textKey="content"/>`` in place of the first line where the prompt is a conversation)::
+
+    <View><Text name="prompt" value="$prompt"/>
+    <Labels name="label" toName="text"><Label value="right"/><Label value="wrong"/></Labels>
+    <Text name="text" value="$text"/></View>
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rlkl.data import annotated, files
+from rlkl.data.annotated import Annotated, refuse, take
+from rlkl.data.offsets import Offsets, outward, read_span
+
+OURS = "rlkl"  # where our fields travel, and the author of our predictions
+Placed = Iterator[tuple[str, Annotated]]
+
+
+def read_label_studio(path: Path, offsets: Offsets, source: None, notes: list[str]) -> Placed:
+    """Label Studio's JSON export, one record an annotation; tasks that nobody annotated are left out and counted.
+
+    ``completions`` is what old versions call ``annotations``. Predictions of models are no annotations, but what
+    :func:`label_studio` exported is read back until somebody annotates it. Old versions (2021) count UTF-16 units.
+    """
+    try:
+        tasks = json.loads(files.text(path, "name a JSON export of Label Studio"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}; export as JSON") from None
+    if not isinstance(tasks, list):
+        refuse(str(path), "", f"{annotated.kind(tasks)}; export as JSON, a list of tasks")
+    unmarked = 0
+    for number, task in enumerate(tasks, 1):
+        where = f"{path}: record {number}"
+        if isinstance(task, dict) and "data" not in task:
+            refuse(where, "data", "missing; export as JSON, not as JSON-MIN or CSV")
+        data = take(where, task, "data", dict)
+        made = _annotations(where, task)
+        unmarked += not made
+        for at, annotation in made:
+            suffix = f".{annotation.get('id', at)}" if len(made) > 1 else ""
+            regions = _regions(at, annotation)
+            yield at, _record(f"{where}: data", data, str(task.get("id", number)), suffix, offsets, regions)
+    if unmarked:
+        notes.append(f"{unmarked} of {len(tasks)} tasks have no annotation, and were left out")
+
+
+def _annotations(where: str, task: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """What people made of a task, or else what we exported, each with its place."""
+    field = next((name for name in ("annotations", "completions") if name in task), None)
+    if field is None:
+        refuse(where, "annotations", f"missing; export as JSON (there are: {', '.join(task)})")
+    found = []
+    for name in (field, "predictions"):
+        for i, made in enumerate(take(where, task, name, list) if name in task else []):
+            at = f"{where}: {name}[{i}]"
+            take(at, made, "result", list)
+            if made.get("model_version") == OURS if name == "predictions" else not made.get("was_cancelled"):
+                found.append((at, made))
+        if found:
+            break
+    return found
+
+
+Region = tuple[str, int, int, str, str | None]  # place, start, end, label, stored text
+
+
+def _regions(where: str, made: Mapping[str, Any]) -> Iterator[Region]:
+    """The marked stretches of an annotation; a region with several labels is as many spans. Choices are no spans."""
+    for i, region in enumerate(made["result"]):
+        at = f"{where}.result[{i}]"
+        kind = take(at, region, "type", str)
+        if kind in ("hypertextlabels", "paragraphlabels"):
+            refuse(at, "type", f"{kind!r} marks other things than plain text; mark a <Text> with <Labels>")
+        if kind != "labels":
+            continue
+        at, value = f"{at}.value", take(at, region, "value", dict)
+        bounds = (_offset(at, value, "start"), _offset(at, value, "end"))
+        labels = take(at, value, "labels", list) if "labels" in value else []
+        if not labels or not all(isinstance(label, str) for label in labels):
+            refuse(at, "labels", "none; give the region a label, or delete it")
+        for label in labels:
+            yield at, *bounds, label, take(at, value, "text", str) if value.get("text") is not None else None
+
+
+def _offset(where: str, value: Mapping[str, Any], name: str) -> int:
+    """Documented as a string, in fact a number."""
+    held = value.get(name)
+    return int(held) if isinstance(held, str) and held.isdecimal() else int(take(where, value, name, int))
+
+
+def _same(stored: str, found: str) -> bool:
+    """Label Studio stores what the browser shows: trimmed, white space collapsed, a newline as backslash and n."""
+    first, second = (re.sub(r"\\n|\s", "", text) for text in (stored, found))
+    return first == second
+
+
+def read_doccano(path: Path, offsets: Offsets, source: None, notes: list[str]) -> Placed:
+    """doccano's JSONL export of sequence labelling: ``label``, ``labels`` or ``entities``, as lists or as objects.
+
+    doccano counts UTF-16 units (with "count grapheme clusters" it counts neither those nor code points).
+    """
+    for number, (where, row) in enumerate(files.lines(path, "name a JSONL export of doccano"), 1):
+        if isinstance(row, dict) and "annotations" in row:
+            refuse(where, "annotations", "labels by number; export as JSONL with text labels")
+        take(where, row, "text", str)
+        fields = [name for name in ("label", "labels", "entities") if name in row] or ["label"]
+        regions = [
+            _entity(f"{where}: {field}[{i}]", entity)
+            for field in fields
+            for i, entity in enumerate(take(where, row, field, list))
+        ]
+        data = {name: value for name, value in row.items() if name not in fields}
+        yield where, _record(where, data, str(number), "", offsets, regions)
+
+
+def _entity(where: str, entity: Any) -> Region:
+    if isinstance(entity, dict):
+        bounds = take(where, entity, "start_offset", int), take(where, entity, "end_offset", int)
+        return where, *bounds, take(where, entity, "label", str), None
+    if not isinstance(entity, list) or [type(part) for part in entity] != [int, int, str]:
+        refuse(where, "", f"{entity!r:.40}; it must be [start, end, label], as sequence labelling projects export it")
+    return where, entity[0], entity[1], entity[2], None
+
+
+def _record(
+    where: str, data: Mapping[str, Any], name: str, suffix: str, offsets: Offsets, regions: Iterable[Region]
+) -> Annotated:
+    """A record from what both tools hold: texts and our own fields in ``data``, and the regions that were marked."""
+    completion = take(where, data, "text", str)
+    if "prompt" not in data and "messages" not in data:
+        refuse(where, "prompt", "missing; add it (or messages) to the data of every record before it is annotated")
+    ours = take(where, data, OURS, dict) if OURS in data else {}
+    weights = [_weight(f"{where}: {OURS}", entry) for entry in ours.get("weights", [])]
+    spans = []
+    for at, start, end, label, stored in regions:
+        span = read_span(at, completion, start, end, label, offsets, stored, _same)
+        known = next((i for i, (triple, _) in enumerate(weights) if triple == [start, end, label]), None)
+        spans.append(span if known is None else replace(span, weight=weights.pop(known)[1]))
+    columns = {key: value for key, value in data.items() if key not in ("id", "text", "prompt", "messages", OURS)}
+    columns |= take(f"{where}: {OURS}", ours, "columns", dict) if "columns" in ours else {}
+    name = str(ours.get("id", data.get("id", name))) + suffix
+    return annotated.build(where, name, data, completion, spans, ours.get("token_ids"), columns)
+
+
+def _weight(where: str, entry: Any) -> tuple[list[Any], float]:
+    """A span as it was exported, and its weight."""
+    if not isinstance(entry, list) or len(entry) != 4 or type(entry[3]) not in (int, float):
+        refuse(where, "weights", f"{entry!r:.40}; they must read [start, end, label, weight], as they were exported")
+    return entry[:3], float(entry[3])
+
+
+def label_studio(records: Sequence[Annotated], offsets: Offsets) -> str:
+    """Tasks for Label Studio, with the spans as predictions, from which annotators start."""
+    return json.dumps([_task(record, offsets) for record in records], ensure_ascii=False, indent=1) + "\n"
+
+
+def _task(record: Annotated, offsets: Offsets) -> dict[str, Any]:
+    regions = [
+        {
+            "id": f"span-{i}",
+            "from_name": "label",
+            "to_name": "text",
+            "type": "labels",
+            "value": {"start": start, "end": end, "text": record.completion[span.start : span.end], "labels": [label]},
+        }
+        for i, (span, (start, end, label)) in enumerate(zip(record.spans, _triples(record, offsets), strict=True))
+    ]
+    predictions = [{"model_version": OURS, "result": regions}]
+    return {"data": _data(record, offsets), "annotations": [], "predictions": predictions}
+
+
+def doccano(records: Sequence[Annotated], offsets: Offsets) -> str:
+    """Lines for a sequence labelling project of doccano."""
+    return files.jsonl({**_data(record, offsets), "label": _triples(record, offsets)} for record in records)
+
+
+def _data(record: Annotated, offsets: Offsets) -> dict[str, Any]:
+    asked = {"prompt": record.prompt} if record.messages is None else {"messages": record.messages}
+    ours: dict[str, Any] = {"id": record.id}
+    if any(span.weight != 1 for span in record.spans):
+        spans = zip(_triples(record, offsets), record.spans, strict=True)
+        ours["weights"] = [[*triple, span.weight] for triple, span in spans]
+    if record.token_ids is not None:
+        ours["token_ids"] = record.token_ids
+    if record.columns:
+        ours["columns"] = record.columns
+    return {"text": record.completion, **asked, OURS: ours}
+
+
+def _triples(record: Annotated, offsets: Offsets) -> list[list[Any]]:
+    text = record.completion
+    return [[outward(text, s.start, offsets), outward(text, s.end, offsets), s.label] for s in record.spans]
+
+
+WRITERS: dict[str, Callable[[Sequence[Annotated], Offsets], str]] = {"label-studio": label_studio, "doccano": doccano}
