@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CACHED := .venv/.installed
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart test test-slow lint docs clean
 
 $(CACHED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -23,6 +23,10 @@ lint: $(CACHED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(CACHED)  ## the pages that are written from the code
+	$(BIN)/python -m rlkl.reference > docs/config.md
+	$(BIN)/python -m rlkl.metrics > docs/metrics.md
 
 clean:
 	rm -rf .venv build dist *.egg-info runs

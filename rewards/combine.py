@@ -1,6 +1,7 @@
 """Several sources to one reward: their weighted sum, with what every source gave kept apart."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -27,6 +28,17 @@ class WeightedSum:
             scored_BT=torch.stack([part.scored_BT for part in parts.values()]).any(0),
             shares={name: part.value_BT for name, part in parts.items()},
             queries=sum(part.queries for part in parts.values()),
+        )
+
+    def annotate(self, rollout: Rollout) -> Rollout:
+        """The rollout with whole spans as token weights, from the sources that have them; else as it is."""
+        marked = [(w, r.annotate(rollout)) for r, w in self.sources.values() if w and hasattr(r, "annotate")]
+        if not marked:
+            return rollout
+        return replace(
+            rollout,
+            annotation_BT=torch.stack([weight * part.annotation_BT for weight, part in marked]).sum(0),
+            annotated_BT=torch.stack([part.annotated_BT for _, part in marked]).any(0),
         )
 
     def probe(self, rollout: Rollout) -> None:

@@ -207,6 +207,7 @@ def _public(path: str) -> str:
 
 def _cited(config: Config, adapter: bool) -> list[str]:
     exact = config.kl.placement == "loss" and config.kl.estimator == "exact"
-    found = [config.trainer.type, getattr(config.trainer, "loss", ""), "kl", "inference", *(["exact"] if exact else [])]
+    found = [config.trainer.type, getattr(config.trainer, "loss", ""), *(["exact"] if exact else [])]
+    found += ["kl", "inference"] if config.kl.beta else []
     found = [key for key in (*found, config.credit.baseline, config.credit.advantage) if key in PAPERS]
     return [*found, *(["lora"] if adapter or config.model.lora is not None else [])]

@@ -263,3 +263,34 @@ def _batch(
         annotation_BT=rollout.annotation_BT,
         pair_B=rollout.pair_B,
     )
+
+
+def likelihood(rollout: Rollout, rewards: TokenRewards, out: PolicyOutput, cfg: CreditConfig) -> Batch:
+    r"""Annotations to the batch that likelihood losses read: :math:`w_t=\sum_{k<h}\gamma^k w_{t+k}`.
+
+    The rollout's own annotation, which may look ahead, comes before rewards. A token trains where its window holds
+    an annotated one; the normaliser is the number of those in the global batch. Behaviour log-probs are the
+    policy's on its own samples and the reference's otherwise.
+    """
+    mask_BT = rollout.policy_mask_BT
+    given_BT, marked_BT = rewards.value_BT, rewards.scored_BT
+    if rollout.annotation_BT is not None:
+        given_BT, marked_BT = rollout.annotation_BT, rollout.get("annotated_BT")
+    order_BT, kept_BT = compact(mask_BT)
+    w_BT = discounted((given_BT * marked_BT).double().gather(1, order_BT), cfg.gamma, cfg.horizon)
+    holds_BT = discounted(marked_BT.double().gather(1, order_BT), 1.0, cfg.horizon) > 0.5
+    trains_BT = torch.zeros_like(mask_BT).scatter(1, order_BT, holds_BT & kept_BT)
+    behaviour_BT = out.get("logp_BT" if rollout.origin == "policy" else "ref_logp_BT").detach()
+    tokens = global_sum(trains_BT.sum().to(behaviour_BT.dtype))
+    w_BT = torch.zeros_like(w_BT).scatter(1, order_BT, w_BT * kept_BT).to(behaviour_BT.dtype)
+    return Batch(
+        adv_BT=torch.zeros_like(behaviour_BT),
+        return_BT=w_BT,
+        mask_BT=trains_BT,
+        weight_BT=trains_BT / tokens.clamp(min=1),
+        tokens=tokens.clamp(min=1),
+        group_B=rollout.group_B,
+        behaviour_logp_BT=behaviour_BT,
+        annotation_BT=w_BT,
+        pair_B=rollout.pair_B,
+    )

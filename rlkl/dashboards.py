@@ -10,12 +10,14 @@ import importlib.util
 import io
 import itertools
 import json
+import netrc
 import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from accelerate import PartialState
 from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
@@ -190,7 +192,8 @@ class Wandb:
     def __init__(self, folder: Path, config: Config, known: Record) -> None:
         import wandb
 
-        lonely = wandb.setup().settings.mode == "online" and not os.environ.get("WANDB_MODE") and not _wandb_key()
+        given = wandb.setup().settings
+        lonely = given.mode == "online" and not os.environ.get("WANDB_MODE") and not _wandb_key(given)
         self.tracker = WandBTracker(
             config.log.project,
             id=known.get("id"),
@@ -268,12 +271,13 @@ def _trackio_alone() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _wandb_key() -> bool:
-    """Whether wandb finds credentials, without asking the user or the network."""
-    import wandb
-
-    with contextlib.redirect_stderr(io.StringIO()):
-        return bool(wandb.login(prompt=False, verify=False))
+def _wandb_key(settings: Any) -> bool:
+    """Whether wandb will find credentials. Its own check asks the network."""
+    if settings.api_key or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    named = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    files = [path for path in (Path(name).expanduser() for name in named) if path.is_file()]
+    return bool(files and netrc.netrc(files[0]).authenticators(str(urlsplit(settings.base_url).hostname)))
 
 
 def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:

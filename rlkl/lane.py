@@ -15,7 +15,7 @@ from rlkl.config import Config
 from rlkl.data.prompts import PromptSet, records
 from rlkl.policy import Policy
 from rlkl.rewards import WeightedSum
-from rlkl.sampling import EVALUATE, MINIBATCHES, TRAIN, Prompts, permutation, sample
+from rlkl.sampling import ALTERNATIVES, EVALUATE, MINIBATCHES, TRAIN, Prompts, permutation, sample, uniforms
 from rlkl.trainers import TRAINERS
 from rlkl.types import Need, Rollout, Trainer
 
@@ -69,7 +69,7 @@ class Lane:
     def score_need(self) -> set[Need]:
         """What the policy at sampling must tell credit and KL."""
         needed: set[Need] = {"logp", "ref_logp"}
-        if self.config.credit.needs_value:
+        if self.config.needs_value:
             needed.add("value")
         return needed
 
@@ -94,7 +94,7 @@ def build(config: Config) -> Lane:
     policy = Policy(
         model,
         reference=reference,
-        value_head=config.credit.needs_value,
+        value_head=config.needs_value,
         separate_critic=config.model.critic == "separate",
         head_chunk=config.train.head_chunk,
     ).train()
@@ -104,7 +104,7 @@ def build(config: Config) -> Lane:
         config=config,
         policy=policy,
         tokenizer=tokenizer,
-        trainer=TRAINERS[config.trainer.type](config.trainer, config.credit),
+        trainer=TRAINERS[config.trainer.type](config),
         reward=reward,
         train_prompts=train_prompts,
         held_out=held.take(range(min(config.evaluate.prompts, len(held.ids)))),
@@ -119,16 +119,21 @@ def build(config: Config) -> Lane:
 
 def collect(lane: Lane, step: int) -> Rollout:
     """The training samples of a step, of this process: sampled, and recorded if asked; or replayed."""
-    config = lane.config
+    config, device = lane.config, next(lane.policy.parameters()).device
     if config.rollout.replay is not None:
         whole = recording.load(Path(config.rollout.replay), step, lane.signature, lane.tokenizer)
-        return recording.share(whole, lane.rank, lane.ranks).to(next(lane.policy.parameters()).device)
-    prompts = lane.train_prompts.batch(step, config.rollout.prompts)
-    rollout = draw(lane, prompts.part(lane.rank, lane.ranks), step)
-    if lane.signature is not None:
+        rollout = recording.share(whole, lane.rank, lane.ranks).to(device)
+    else:
+        prompts = lane.train_prompts.batch(step, config.rollout.prompts)
+        rollout = draw(lane, prompts.part(lane.rank, lane.ranks), step)
+    if config.rollout.record and lane.signature is not None:
         parts = gather_object([replace(rollout.to(torch.device("cpu")), decode=None)])
         if lane.rank == 0:
             recording.save(recording.joined(parts), tracking.run_folder(config), step, lane.signature)
+    if "alt_logp" in lane.trainer.need:
+        width = rollout.tokens_BT.shape[1]
+        u_BT = uniforms(config.seed, ALTERNATIVES, step, rollout.sample_id_B, width)
+        rollout = replace(rollout, alt_u_BT=u_BT.to(device))
     return rollout
 
 

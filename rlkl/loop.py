@@ -105,7 +105,7 @@ def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, flo
     clock.lap("reward")
     scored = score(lane, rollout)
     penalty = kl.measured(rollout, scored)
-    batch, lane.ema = credit.assign(rollout, rewards, scored, config.credit, config.kl, lane.beta, lane.ema)
+    batch = assign(lane, rollout, rewards, scored)
     clock.lap("score")
     metrics = update(lane, rollout, batch, step, accelerator)
     clock.lap("update")
@@ -125,6 +125,15 @@ def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, flo
     if config.kl.target is not None:
         lane.beta = kl.adapt(lane.beta, penalty, config.kl.target)
     return values
+
+
+def assign(lane: Lane, rollout: Rollout, rewards: TokenRewards, scored: PolicyOutput) -> Batch:
+    """Credit: advantages for policy gradients, windowed annotations for likelihood."""
+    config = lane.config
+    if config.trainer.type == "token_likelihood":
+        return credit.likelihood(lane.reward.annotate(rollout), rewards, scored, config.credit)
+    batch, lane.ema = credit.assign(rollout, rewards, scored, config.credit, config.kl, lane.beta, lane.ema)
+    return batch
 
 
 @torch.no_grad()
@@ -177,7 +186,7 @@ def optimise(lane: Lane, rollout: Rollout, batch: Batch, step: int, accelerator:
             out = lane.forward(rollout.rows(rows), need)
             loss, part = step_loss(lane.trainer, config.kl, lane.beta, out, batch.rows(rows))
             if not bool(loss.isfinite()):
-                raise RunError(f"step {step}: the loss is {float(loss)}; lower optimiser.learning_rate")
+                raise RunError(f"step {step}: the loss is {loss.item()}; lower optimiser.learning_rate")
             accelerator.backward(loss * lane.ranks)  # gradients are averaged over ranks, the loss is a global sum
         metrics = merge(metrics, part)
     trained = [p for p in lane.policy.parameters() if p.requires_grad]

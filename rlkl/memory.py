@@ -111,7 +111,7 @@ def empty_model(path: str, dtype: str, lora: LoraConfig | None = None) -> Any:
 
     from rlkl.models import add_adapter
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     if (Path(path) / "adapter_config.json").is_file():
         settings = peft.PeftConfig.from_pretrained(path)

@@ -40,7 +40,7 @@ def from_folder(path: str | Path, dtype: str = "float32") -> tuple[Any, Any]:
     Raises:
         ValueError: there is no such folder, or it does not hold a whole model and its tokenizer.
     """
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
     if (str(path).startswith((".", "~")) or str(path).count("/") > 1) and not Path(path).is_dir():

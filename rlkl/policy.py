@@ -26,6 +26,7 @@ from rlkl.adapters import (
     head_agrees,
     prepare_model,
 )
+from rlkl.rows import inverse_cdf, layout, pick, spread, widen
 from rlkl.types import Need, PolicyOutput, Rollout
 
 Fields = dict[str, Tensor]
@@ -165,14 +166,16 @@ class Policy(nn.Module):
         shape = real_BT.shape
         fields: Fields = {}
         own = ref = None
-        if need & {"logp", "entropy", "kl", "kl_forward"} or ("value" in need and self.critic is None):
+        if need & {"logp", "entropy", "kl", "kl_forward", "alt_logp"} or ("value" in need and self.critic is None):
             hidden_BSD = self._trunk(causal(self.model), input_BS, self.chunked)
             own = pick(hidden_BSD, at_BT, real_BT)
         if need & {"ref_logp", "kl", "kl_forward"}:
             with torch.no_grad(), self._as_reference() as reference:
                 ref = pick(self._trunk(reference, input_BS, self.reference_chunked), at_BT, real_BT)
         if wanted := need - {"value"}:
-            flat = self._heads(own if wanted - {"ref_logp"} else None, ref, token_N, wanted, rollout.temperature)
+            alt_u_N = rollout.get("alt_u_BT")[real_BT] if "alt_logp" in need else None
+            given = (own if wanted - {"ref_logp"} else None, ref, token_N, alt_u_N)
+            flat = self._heads(*given, wanted, rollout.temperature)
             fields |= {f"{k}_BT": spread(v, real_BT, shape) for k, v in flat.items()}
         if "value" in need:
             if self.critic is not None:
@@ -201,6 +204,7 @@ class Policy(nn.Module):
         own_ND: Tensor | None,
         ref_ND: Tensor | None,
         token_N: Tensor,
+        alt_u_N: Tensor | None,
         need: frozenset[str],
         temperature: float,
     ) -> Fields:
@@ -208,9 +212,8 @@ class Policy(nn.Module):
         parts: list[Fields] = []
         for start in range(0, max(len(token_N), 1), self.head_chunk):
             span = slice(start, start + self.head_chunk)
-            own = None if own_ND is None else own_ND[span]
-            ref = None if ref_ND is None else ref_ND[span]
-            args = (own, ref, token_N[span], need, temperature)
+            own, ref, alt_u = (None if x is None else x[span] for x in (own_ND, ref_ND, alt_u_N))
+            args = (own, ref, token_N[span], alt_u, need, temperature)
             graph = torch.is_grad_enabled() and own is not None
             parts.append(checkpoint(self._chunk, *args, use_reentrant=False) if graph else self._chunk(*args))
         return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
@@ -220,6 +223,7 @@ class Policy(nn.Module):
         own: Tensor | None,
         ref: Tensor | None,
         token_N: Tensor,
+        alt_u_N: Tensor | None,
         need: frozenset[str],
         temperature: float,
     ) -> Fields:
@@ -231,57 +235,23 @@ class Policy(nn.Module):
                 ref_NV = self._log_softmax(reference, ref, temperature, self.reference_chunked)
             if "ref_logp" in need:
                 fields["ref_logp"] = ref_NV.gather(1, token_N[:, None]).squeeze(1)
-        if logp_NV is not None:
-            if "logp" in need:
-                fields["logp"] = logp_NV.gather(1, token_N[:, None]).squeeze(1)
-            if "entropy" in need:
-                fields["entropy"] = -(logp_NV.exp() * logp_NV).sum(-1)
-            if "kl" in need and ref_NV is not None:
-                fields["kl"] = (logp_NV.exp() * (logp_NV - ref_NV)).sum(-1)
-            if "kl_forward" in need and ref_NV is not None:
-                fields["kl_forward"] = (ref_NV.exp() * (ref_NV - logp_NV)).sum(-1)
+        if logp_NV is None:
+            return fields
+        if "logp" in need:
+            fields["logp"] = logp_NV.gather(1, token_N[:, None]).squeeze(1)
+        if "entropy" in need:
+            fields["entropy"] = -(logp_NV.exp() * logp_NV).sum(-1)
+        if "kl" in need and ref_NV is not None:
+            fields["kl"] = (logp_NV.exp() * (logp_NV - ref_NV)).sum(-1)
+        if "kl_forward" in need and ref_NV is not None:
+            fields["kl_forward"] = (ref_NV.exp() * (ref_NV - logp_NV)).sum(-1)
+        if alt_u_N is not None:
+            others_NV = logp_NV.detach().scatter(1, token_N[:, None], -torch.inf)
+            alt_N = inverse_cdf(others_NV, alt_u_N)
+            fields["alt_logp"] = logp_NV.gather(1, alt_N[:, None]).squeeze(1)
         return fields
 
     def _log_softmax(self, model: Any, x_ND: Tensor, temperature: float, chunked: bool) -> Tensor:
         logits_NV = model.get_output_embeddings()(x_ND) if chunked else x_ND
         logp_NV: Tensor = (widen(logits_NV) / temperature).log_softmax(-1)
         return logp_NV
-
-
-def widen(x: Tensor) -> Tensor:
-    """At least fp32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def layout(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows as prompt + completion + right padding.
-
-    Returns:
-        ``input_BS``; ``at_BT``, the position whose next-token law is that of completion token t; ``real_BT``.
-    """
-    width = int((rollout.prompt_length_B + rollout.length_B).max())
-    steps_S = torch.arange(width, device=rollout.tokens_BT.device)
-    prompt_B1, total_B1 = (
-        rollout.prompt_length_B[:, None],
-        (rollout.prompt_length_B + rollout.length_B)[:, None],
-    )
-    from_prompt = rollout.prompt_BP.gather(
-        1, steps_S.clamp(max=rollout.prompt_BP.shape[1] - 1).expand(len(rollout), -1)
-    )
-    offset_BS = (steps_S - prompt_B1).clamp(0, rollout.tokens_BT.shape[1] - 1)
-    input_BS = torch.where(steps_S < prompt_B1, from_prompt, rollout.tokens_BT.gather(1, offset_BS))
-    input_BS = input_BS * (steps_S < total_B1)
-    steps_T = torch.arange(rollout.tokens_BT.shape[1], device=steps_S.device)
-    real_BT = steps_T < rollout.length_B[:, None]
-    return input_BS, (prompt_B1 - 1 + steps_T).clamp(max=width - 1), real_BT
-
-
-def pick(x_BSD: Tensor, at_BT: Tensor, real_BT: Tensor) -> Tensor:
-    """The ``[N, D]`` rows of real completion positions."""
-    row_BT = torch.arange(len(x_BSD), device=x_BSD.device)[:, None].expand_as(at_BT)
-    return x_BSD[row_BT[real_BT], at_BT[real_BT]]
-
-
-def spread(x_N: Tensor, real_BT: Tensor, shape: torch.Size) -> Tensor:
-    """Back to ``[B, T]``, zero where there is no token."""
-    return x_N.new_zeros(shape).masked_scatter(real_BT, x_N)

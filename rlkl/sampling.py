@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from rlkl.policy import DecodeState, Policy
+from rlkl.rows import inverse_cdf
 from rlkl.stopping import StopStrings
 from rlkl.types import End, Rollout
 
-TRAIN, EVALUATE, SPLIT, ORDER, MINIBATCHES = 0, 1, 100, 101, 1000  # streams of randomness
+TRAIN, EVALUATE, ALTERNATIVES, SPLIT, ORDER, MINIBATCHES = 0, 1, 2, 100, 101, 1000  # streams of randomness
 
 
 def uniforms(seed: int, stream: int, step: int, sample_id_B: Tensor, length: int) -> Tensor:
@@ -33,13 +34,6 @@ def permutation(seed: int, stream: int, epoch: int, size: int) -> list[int]:
     """A seeded order of ``size`` things, another one for every stream and epoch."""
     generator = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, stream, 0]))
     return [int(i) for i in generator.permutation(size)]
-
-
-def inverse_cdf(logp_BV: Tensor, u_B: Tensor) -> Tensor:
-    """The first token whose cumulated probability exceeds u; never one of probability zero."""
-    cdf_BV = logp_BV.double().exp().cumsum(-1)
-    target_B1 = u_B[:, None] * cdf_BV[:, -1:]
-    return torch.searchsorted(cdf_BV, target_B1, right=True).squeeze(1).clamp(max=logp_BV.shape[1] - 1)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ class _Rows:
                 chosen[f.name] = value[index]
             elif f.name == "columns":
                 chosen[f.name] = {k: [v[i] for i in index.tolist()] for k, v in value.items()}
+            elif f.name == "shares":
+                chosen[f.name] = {k: v[index] for k, v in value.items()}
         return replace(self, **chosen)  # type: ignore[type-var]
 
 
@@ -79,6 +81,7 @@ class Rollout(_Rows):
     pair_B: Tensor | None = None
     annotation_BT: Tensor | None = None
     annotated_BT: Tensor | None = None
+    alt_u_BT: Tensor | None = None
     columns: dict[str, list[Any]] = field(default_factory=dict)
     decode: Callable[[list[int]], str] | None = None
     stop: tuple[str, ...] = ()

@@ -14,11 +14,12 @@ import pytest
 from conftest import Tree
 
 import rlkl
-from rlkl import dashboards, telemetry, tracking
+from rlkl import dashboards, settings, telemetry, tracking
 from rlkl.cli import main
 from rlkl.config import LogConfig
 
 Rows = list[dict[str, Any]]
+KEY = "0" * 40
 
 
 def logged(config: Tree, *names: str, **more: Any) -> Tree:
@@ -62,8 +63,10 @@ def python(*words: str, env: Mapping[str, str] = os.environ) -> subprocess.Compl
 
 def wandb_records(folder: Path) -> tuple[str, dict[int, dict[str, Any]]]:
     """Run id and history by step of the one .wandb file: a LevelDB log of protobuf records, after 7 bytes."""
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
+    wandb.teardown()  # its service writes on after a run was finished, until the process ends
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     data, at, parts = path.read_bytes(), 7, b""
     assert data[:4] == b":W&B"
@@ -127,9 +130,7 @@ def test_rebuild_fills_trackio_from_the_files_without_doubling(tiny_config, caps
 
 
 def test_two_runs_at_once_keep_their_rows_apart(tiny_config, tmp_path):
-    from rlkl.settings import load
-
-    config = load(logged(tiny_config, "trackio", project="lanes"))
+    config = settings.load(logged(tiny_config, "trackio", project="lanes"))
     folders = [tmp_path / name for name in ("a", "b")]
     for folder in folders:
         folder.mkdir()
@@ -192,18 +193,29 @@ def test_rebuild_replaces_an_offline_wandb_run_under_its_id(tiny_config):
     assert [set(row) for row in rebuilt.values()] == [set(row) for row in history.values()]
 
 
-@pytest.mark.parametrize(("name", "value"), [("WANDB_MODE", "offline"), ("WANDB_API_KEY", "0" * 40)])
+@pytest.mark.parametrize(("name", "value"), [("WANDB_MODE", "offline"), ("WANDB_API_KEY", KEY), ("NETRC", "netrc")])
 def test_a_wandb_key_or_mode_is_respected(name, value, tiny_config, monkeypatch):
-    """With a key wandb would go online, so only the choice is looked at, in a process of its own."""
+    """With a key wandb would go online, so only what it is asked for is looked at."""
+    import wandb
+
     monkeypatch.setenv(name, value)
-    script = (
-        "import sys, json; from pathlib import Path; from rlkl import dashboards, settings\n"
-        "class T:\n    def __init__(self, project, **options): print(options['mode']); sys.exit()\n"
-        "dashboards.WandBTracker = T\n"
-        "dashboards.Wandb(Path('.'), settings.load(json.loads(sys.argv[1])), {})"
-    )
-    done = python("-c", script, json.dumps(logged(tiny_config, "wandb")))
-    assert done.stdout.split() == ["None"], done.stderr
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example")
+    Path("netrc").write_text(f"machine wandb.example login user password {KEY}")
+    asked: list[Any] = []
+
+    class Stop(Exception):
+        pass
+
+    def tracker(project: str, **options: Any) -> None:
+        asked.append(options["mode"])
+        raise Stop
+
+    monkeypatch.setattr(dashboards, "WandBTracker", tracker)
+    wandb.teardown()  # it reads its settings once
+    with pytest.raises(Stop):
+        dashboards.Wandb(Path(), settings.load(logged(tiny_config, "wandb")), {})
+    wandb.teardown()
+    assert asked == [None]
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("tensorboard"), reason="tensorboard is not installed")

@@ -264,11 +264,24 @@ def test_a_run_survives_when_its_successor_cannot_be_written(train, tmp_path, mo
     old_run(tmp_path)
     before = tree(tmp_path)
 
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rlkl.tracking.environment", full)
+    code, said = train("--overwrite")
+    assert code == 2
+    assert said == ["rlkl: runs/tiny: cannot be written (No space left on device); choose another folder=..."]
+    assert tree(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_made_is_a_mistake(train, tmp_path, monkeypatch):
+    before = tree(tmp_path)
+
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    code, said = train("--overwrite")
+    code, said = train()
     assert code == 2
     assert said == ["rlkl: runs/tiny: cannot be written (Permission denied); choose another folder=..."]
     assert tree(tmp_path) == before
@@ -491,7 +504,6 @@ def test_a_token_reward_that_fails_stops_the_run(train, tmp_path, monkeypatch, f
     assert_failed(code, said, tmp_path, ["step 1: reward varied", *TOKEN_FAILURES[failure][1]])
 
 
-@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")
 def test_a_step_that_diverges_stops_the_run_with_a_remedy(train, tmp_path):
     code, said = train("optimiser.learning_rate=1e30")
     assert_failed(code, said, tmp_path, ["step 2", "lower optimiser.learning_rate"])

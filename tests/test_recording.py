@@ -50,6 +50,8 @@ def every_field(dtype: torch.dtype) -> Rollout:
         sample_id_B=torch.tensor([3, 0, 2**40, 1]),
         pair_B=torch.tensor([1, 0, 3, 2]),
         annotation_BT=torch.randn(4, 7, dtype=dtype),
+        annotated_BT=torch.rand(4, 7) < 0.5,
+        alt_u_BT=torch.rand(4, 7, dtype=torch.float64),
         end_B=torch.tensor([0, 1, 2, 1]),
         temperature=0.1 + 0.2,
         origin="reference",

@@ -233,17 +233,21 @@ def test_evaluating_the_final_model_again_gives_the_last_row(run, capsys):
         assert float(said[name]) == pytest.approx(last[name], rel=1e-5), name
 
 
-def test_evaluation_takes_other_prompts_samples_and_seeds(run, capsys):
-    def length(*words: str) -> tuple[str, str]:
+def test_evaluation_takes_other_prompts_samples_and_seeds(tiny_config, capsys):
+    run = rlkl.train(changed(tiny_config, seed=3))
+
+    def judged(*words: str) -> tuple[str, str]:
+        capsys.readouterr()
         assert main(["eval", str(run), *words]) == 0
         said = dict(line.split() for line in capsys.readouterr().out.splitlines())
         return said["reward/eval/queries"], said["kl/sequence"]
 
-    plain = length()
-    assert length("--prompts", "1")[0] == "2"
-    assert length("--samples", "5")[0] == "10"
-    assert length("--seed", "9")[1] != plain[1]
-    assert length() == plain
+    plain = judged()
+    assert judged("--prompts", "1")[0] == "2"
+    assert judged("--samples", "5")[0] == "10"
+    assert float(plain[1]) == pytest.approx(metrics(run)[-1]["kl/sequence"], rel=1e-5)
+    assert judged("--seed", "0")[1] != plain[1]
+    assert judged("--seed", "3") == plain
 
 
 def test_samples_of_given_prompts_are_printed(run, capsys):

@@ -221,6 +221,23 @@ def test_every_eos_id_ends_a_completion_and_nothing_else_does(stops):
     assert rollout.tokens_BT.shape[1] == int(rollout.length_B.max())
 
 
+def test_what_follows_an_end_changes_it_no_more():
+    """Rows decode on until all of the micro-batch have ended."""
+    prompts = Prompts(PROMPTS, GROUPS, decode=lambda ids: "".join(f"<{i}>" for i in ids))
+    common = {"samples_per_prompt": 30, "max_new_tokens": 10}
+    stops, ends = range(10, 20), range(30, 40)
+    policy, kinds = Policy(build("llama")), Counter()
+    rollout = drawn(policy, prompts, eos_ids=ends, stop=[f"<{i}>" for i in stops], **common)
+    for i, tokens in enumerate(drawn(policy, eos_ids=[], **common).tokens_BT.tolist()):
+        at = next((t for t, token in enumerate(tokens) if token in [*stops, *ends]), None)
+        end = End.LIMIT if at is None else End.STOP if tokens[at] in stops else End.EOS
+        assert rollout.end_B[i] == end
+        assert rollout.completion_ids()[i] == tokens[: None if at is None else at + 1]
+        assert rollout.texts()[i] == prompts.decode(tokens[:at])
+        kinds[end] += 1
+    assert len(kinds) == 3
+
+
 def test_eos_at_the_last_allowed_position_is_an_eos_end():
     tokens = drawn(Policy(build("llama")), eos_ids=[], max_new_tokens=4).tokens_BT
     last = int(tokens[0, 3])

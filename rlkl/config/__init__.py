@@ -26,6 +26,9 @@ from rlkl.config.objective import (
 )
 
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
 class RolloutConfig(Section):
     """Sampling. Top-k, top-p and penalties have no key: they would change what the log-probs mean."""
 
@@ -56,7 +59,7 @@ class OptimiserConfig(Section):
     )
     warmup_steps: int = Field(0, ge=0, description="linear warm-up, steps")
     weight_decay: float = Field(0.0, ge=0, description="decoupled from the gradient (AdamW)")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of Adam's first and second moment")
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="decay of Adam's first and second moment")
     max_grad_norm: float = Field(1.0, gt=0, description="global norm above which gradients are scaled down")
 
 
@@ -127,14 +130,50 @@ class Config(Section):
                 f"credit.baseline={self.credit.baseline} with rollout.samples_per_prompt=1: "
                 "it compares samples of a prompt; use 2 or more"
             )
+        if self.optimiser.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optimiser.warmup_steps={self.optimiser.warmup_steps} with train.steps={self.train.steps}: "
+                "the learning rate would never be reached; warm up for fewer steps"
+            )
         batch = self.rollout.prompts * self.rollout.samples_per_prompt
         if self.credit.baseline == "batch_mean" and batch < 2:
             raise ValueError("credit.baseline=batch_mean with 1 completion a step; sample 2 or more")
         if self.trainer.type == "ppo":
             self._check_ppo(self.trainer)
+        if self.trainer.type == "token_likelihood":
+            self._check_likelihood(self.trainer)
         if self.data.type == "facts" and self.model.type == "tiny":
             raise ValueError("model.type=tiny with data.type=facts: facts has a base model; use model.type=facts")
         return self
+
+    @property
+    def needs_value(self) -> bool:
+        """Whether a value head must be learned, for credit or as the offset of a likelihood loss."""
+        if self.trainer.type == "token_likelihood":
+            return self.trainer.learned_offset
+        return self.credit.needs_value
+
+    def _check_likelihood(self, trainer: TokenLikelihoodTrainer) -> None:
+        """Likelihood has windows, but no returns: refuse what would be ignored, and KL where it means nothing."""
+        usual = CreditConfig()
+        read = {"horizon", "gamma", "ema_decay", "lambda_"}
+        for name in CreditConfig.model_fields.keys() - read:
+            if getattr(self.credit, name) != getattr(usual, name):
+                raise ValueError(
+                    f"credit.{name}={getattr(self.credit, name)} with trainer.type=token_likelihood: it weighs tokens "
+                    "by the sum over their window, without baseline or advantage; drop the key"
+                )
+        if trainer.loss in trainer.holding_beta:
+            if self.kl.placement == "loss" or self.kl.beta == 0 or self.kl.target is not None:
+                raise ValueError(
+                    f"kl with trainer.loss={trainer.loss}: this loss holds kl.beta itself, above 0 and fixed; "
+                    "a further KL is refused: leave placement, estimator and target out"
+                )
+        elif self.kl.beta > 0 and self.kl.estimator not in ("exact", "exact_local", "exact_forward"):
+            raise ValueError(
+                f"kl.estimator={self.kl.estimator} with trainer.type=token_likelihood: there is no return to put it "
+                "in; use kl.placement=loss with exact, exact_local or (signed) exact_forward, or kl.beta=0"
+            )
 
     def _check_ppo(self, ppo: PPOTrainer) -> None:
         """Refuse what means nothing once samples are reused."""

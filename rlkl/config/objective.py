@@ -66,6 +66,14 @@ class AnnotationsSource(Section):
     )
     weight: float = Field(1.0, description="in the sum of the sources; 0 = only watched")
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.labeller is None and self.lookahead != 1:
+            raise ValueError(
+                f"lookahead={self.lookahead} without labeller: stored spans are paid at their last token; drop lookahead"
+            )
+        return self
+
     @property
     def origin(self) -> str:
         """Where the spans come from."""

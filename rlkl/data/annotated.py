@@ -150,6 +150,20 @@ def distinct(records: Iterable[tuple[str, Annotated]], source: Path) -> list[Ann
     return found
 
 
+def check_weights(records: Iterable[Annotated], weights: Mapping[str, float]) -> None:
+    """Refuse a map of weights that lacks a label.
+
+    Raises:
+        ValueError: it names all labels without a weight, and where the first of them is.
+    """
+    first = {span.label: record.id for record in reversed(list(records)) for span in reversed(record.spans)}
+    if missing := sorted(set(first) - set(weights)):
+        raise ValueError(
+            f"weights: none for {', '.join(map(repr, missing))} (record {first[missing[0]]!r}); "
+            "every label needs a weight (0 = marked, but neither good nor bad)"
+        )
+
+
 def take(where: str, held: Any, name: str, wanted: type) -> Any:
     """A field of an object, of the type that it must have.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.text import Text
 
-from rlkl.data.annotated import Annotated
+from rlkl.data.annotated import Annotated, check_weights
 
 COLOURS = ("red", "green", "yellow", "blue", "magenta", "cyan")
 
@@ -19,6 +19,8 @@ def statistics(
     Raises:
         ValueError: a label has no weight, or token ids do not belong to the tokenizer.
     """
+    if weights is not None:
+        check_weights(records, weights)
     spans = Counter(span.label for record in records for span in record.spans)
     marked = Counter({label: sum(len(inside(r, label)) for r in records) for label in spans})
     covered = sum(len(inside(record)) for record in records)
@@ -43,7 +45,7 @@ def statistics(
     yield f"{'label':<{width}}  spans  characters  dropped  weight"
     for label in sorted({*spans, *(weights or {})}, key=lambda label: (-spans[label], label)):
         lost = "-" if tokenizer is None else str(dropped[label])
-        weight = "-" if weights is None else f"{weights[label]:g}" if label in weights else "missing"
+        weight = "-" if weights is None else f"{weights[label]:g}"
         yield f"{label:<{width}}  {spans[label]:>5}  {marked[label]:>10}  {lost:>7}  {weight:>6}"
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Annotated completions: import, export, check.", no_args_is_help=True)
+app = typer.Typer(help="Annotated completions: import, export, check.")
 
 
 class Format(StrEnum):
@@ -90,8 +90,8 @@ def check(
     if weights and tokenizer is None:
         raise ValueError("--weights: weights are counted on tokens; name a tokenizer with --tokenizer")
     given = dict(map(_weight, weights)) if weights else None
-    for line in checks.statistics(records, None if tokenizer is None else _tokenizer(tokenizer), given):
-        print(line)
+    lines = list(checks.statistics(records, None if tokenizer is None else _tokenizer(tokenizer), given))
+    print("\n".join(lines))
     console = Console(highlight=False, soft_wrap=True)
     for text in checks.samples(records, samples, console.is_terminal):
         console.print(text)

@@ -8,13 +8,14 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlkl.data.annotated import Annotated, Span
+from rlkl.data.annotated import Annotated, Span, check_weights
 from rlkl.data.prompts import rendered
 from rlkl.sampling import pad
 from rlkl.types import End, Rollout
@@ -128,11 +129,7 @@ def token_weights(
     Raises:
         ValueError: a label has no weight, or the token ids are not those of the completion.
     """
-    if missing := {span.label for span in record.spans} - set(weights):
-        raise ValueError(
-            f"weights: none for {', '.join(map(repr, sorted(missing)))} of record {record.id!r}; "
-            "every label needs a weight (0 = marked, but neither good nor bad)"
-        )
+    check_weights([record], weights)
     ids, place = _tokens(record, tokenizer)
     if eos_id is not None and record.token_ids is None:
         ids = [*ids, eos_id]
@@ -166,32 +163,36 @@ def add_up(
 
 
 def _tokens(record: Annotated, tokenizer: Any) -> tuple[list[int], Decoded | Tokenised]:
-    """The tokens of a completion, and what knows their places in it."""
-    text, ids, fast = record.completion, record.token_ids, tokenizer.is_fast
+    """The tokens of a completion, and what knows their places: decoding, where it gives the completion back."""
+    text, fast = record.completion, tokenizer.is_fast
     cut = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast)
-    if ids is None and fast:
-        return cut["input_ids"], Tokenised(cut["offset_mapping"], text)
-    known = ids or cut["input_ids"]
-    if max(known) >= len(tokenizer):
+    ids = cut["input_ids"] if record.token_ids is None else record.token_ids
+    if not ids:
+        raise ValueError(f"record {record.id!r}: completion: {text!r} has no token; leave the record out")
+    if max(ids) >= len(tokenizer):
         raise ValueError(
-            f"record {record.id!r}: token_ids: {max(known)} is beyond the {len(tokenizer)} tokens of this tokenizer; "
+            f"record {record.id!r}: token_ids: {max(ids)} is beyond the {len(tokenizer)} tokens of this tokenizer; "
             "they belong to another one: leave token_ids out to have the completion tokenised"
         )
+    own = ids[: len(cut["input_ids"])] == cut["input_ids"]  # maybe with an end behind
+    if own and fast and CUT in text:
+        return ids, Tokenised(cut["offset_mapping"], text)
     for skip in (False, True):
-
-        def decode(part: list[int], skip: bool = skip) -> str:
-            return str(tokenizer.decode(part, skip_special_tokens=skip))
-
-        if decode(known).startswith(text):
-            return known, Decoded(known, decode, text)
-    if fast and known[: len(cut["input_ids"])] == cut["input_ids"]:  # a tokenizer that normalises what it reads
-        return known, Tokenised(cut["offset_mapping"], text)
-    written = str(tokenizer.decode(known))
+        decode = partial(_decode, tokenizer, skip)
+        if decode(ids).startswith(text):
+            return ids, Decoded(ids, decode, text)
+    if own and fast:  # a tokenizer that normalises what it reads
+        return ids, Tokenised(cut["offset_mapping"], text)
+    written = _decode(tokenizer, False, ids)
     at = common(written, text)
     raise ValueError(
         f"record {record.id!r}: token_ids: they decode to {written[at : at + 20]!r} where the completion has "
         f"{text[at : at + 20]!r} (from code point {at}); leave token_ids out to have the completion tokenised"
     )
+
+
+def _decode(tokenizer: Any, skip: bool, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=skip))
 
 
 def to_rollout(
@@ -214,6 +215,7 @@ def to_rollout(
     """
     if not records:
         raise ValueError("annotated completions: none; at least one is needed")
+    check_weights(records, weights)
     asked = [{"prompt": r.prompt} if r.messages is None else {"messages": r.messages} for r in records]
     prompts = [rendered(row, tokenizer) for row in asked]
     for record, (_, ids) in zip(records, prompts, strict=True):
