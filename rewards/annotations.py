@@ -80,7 +80,7 @@ class AnnotationReward:
             spans, tokens = zip(*judged[i], strict=True) if judged[i] else ((), ())
             added = add_up(spans, tokens, self.config.weights, length, unmarked)
             weight_BT[i, :length], marked_BT[i, :length] = added
-        return weight_BT.to(mask_BT.device), marked_BT.to(mask_BT.device) & mask_BT
+        return weight_BT.to(mask_BT.device) * mask_BT, marked_BT.to(mask_BT.device) & mask_BT
 
     def _stored(self, rollout: Rollout, whole: bool) -> list[list[Judged]]:
         if rollout.origin != "data" or "spans" not in rollout.columns:

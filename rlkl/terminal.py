@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from rlkl import models, summary
@@ -65,7 +66,10 @@ def samples(rows: Sequence[Mapping[str, Any]], width: int = 100) -> Iterator[str
 
 
 def guidance(config: Config, before: Evaluation) -> Iterator[str]:
-    """How many nats a run with this beta should end at, from the rewards of the base model's samples."""
+    """How many nats a run with this beta should end at, from the rewards of the base model's samples.
+
+    The optimum meant is that of the whole episode's reward. To be called by all processes.
+    """
     beta = config.kl.beta
     if config.trainer.type == "token_likelihood":
         return  # its beta is per annotated token, and no reward pays for it
@@ -75,22 +79,26 @@ def guidance(config: Config, before: Evaluation) -> Iterator[str]:
     if beta == 0:
         yield "KL guidance: beta 0: nothing holds KL back; watch kl/sequence, and stop where held-out reward turns"
         return
-    reward_B = before.rewards.value_BT.sum(-1).double().cpu()
+    if config.credit.horizon is not None:
+        yield f"KL guidance: none; credit.horizon={config.credit.horizon} has an optimum of its own"
+        return
+    local_B, group_B = before.rewards.value_BT.sum(-1).double().cpu(), before.rollout.group_B.cpu()
+    reward_PN = torch.tensor(gather_object([local_B[group_B == g].tolist() for g in set(group_B.tolist())])).double()
     if config.credit.whiten_rewards:
-        reward_B = reward_B / (reward_B.std() + 1e-8)
-    per_prompt = [reward_B[before.rollout.group_B.cpu() == g] for g in set(before.rollout.group_B.tolist())]
+        reward_PN = reward_PN / (reward_PN.std() + 1e-8)
     said = f"KL guidance: a unit of reward is worth at most 1/beta = {1 / beta:.3g} nats a sequence"
-    if min(len(x) for x in per_prompt) < 2 or not any(float(x.std()) for x in per_prompt):
+    count = reward_PN.shape[1]
+    spread = float(reward_PN.var(-1).mean()) ** 0.5 if count > 1 else 0.0
+    if spread == 0:
         yield f"{said}; the base model's samples of a prompt do not differ in reward, so beta says no more yet"
         return
-    nats, effective = optimum_kl(torch.stack(per_prompt), beta)
-    spread = float(torch.stack([x.var() for x in per_prompt]).mean()) ** 0.5
-    ceiling = min(spread**2 / (2 * beta**2), float(reward_B.max() - reward_B.mean()) / beta)
-    yield f"{said}; base reward {float(reward_B.mean()):.3g}, sd {spread:.2g} within a prompt"
-    rest = f"and at most {ceiling:.2g}, where better answers are rarer" if effective < 2 and ceiling > nats else ""
+    nats, effective = optimum_kl(reward_PN, beta)
+    far = min(spread**2 / (2 * beta**2), float(reward_PN.max() - reward_PN.mean()) / beta)
+    yield f"{said}; base reward {float(reward_PN.mean()):.3g}, sd {spread:.2g} within a prompt"
+    rest = f"and up to {far:.2g}, where better answers are rarer" if effective < 2 and far > nats else ""
     yield (
         f"KL guidance: aim for about {nats:.2g} nats a sequence {rest or 'at the optimum'} (importance sampling, "
-        f"{effective:.1f} of {len(per_prompt[0])} base samples effective a prompt)"
+        f"{effective:.1f} of {count} base samples effective a prompt)"
     )
 
 

@@ -249,5 +249,5 @@ def test_mistakes_in_the_section_are_named(override, said):
 
 
 def test_stored_spans_need_no_lookahead():
-    with pytest.raises(ValueError, match="lookahead=3 without labeller: stored spans are paid at their last token"):
+    with pytest.raises(ValueError, match="lookahead=3 without labeller: a stored span is paid at its last token"):
         settings.load(CONFIG, ["rewards.spans.labeller=null", "rewards.spans.lookahead=3"])

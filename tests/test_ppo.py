@@ -101,7 +101,10 @@ def test_one_update_a_step_is_reinforce(tiny_config: Tree) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["trainer.value_clip=0.1"], r"trainer\.value_clip=0\.1 with credit\.baseline=leave_one_out: no value is learned"),
+        (
+            ["trainer.value_clip=0.1"],
+            r"trainer\.value_clip=0\.1 with credit\.baseline=leave_one_out: no value is learned",
+        ),
         (["kl.placement=loss", "kl.estimator=k3"], r"kl\.estimator=k3 with 4 updates a step.*k3_ratio"),
         (["trainer.minibatches=9"], r"trainer\.minibatches=9: a step has 4 completions"),
     ],

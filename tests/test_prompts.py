@@ -139,6 +139,7 @@ def test_a_bad_source_is_one_line_with_its_place_and_remedy(
     write_jsonl("same.jsonl", [{"prompt": "a", "x": n} for n in range(4)])
     keys, says = BAD[name]
     Path("c.yaml").write_text(yaml.safe_dump(tiny_config | {"data": {"type": "datasets", **keys}}))
+    capsys.readouterr()
     assert main(["train", "c.yaml"]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and all(part in said[0] for part in says), said
@@ -182,11 +183,12 @@ def test_an_answer_that_has_begun_goes_on(tokenizer: Any) -> None:
     assert prompts.records[0]["prompt"] == "<user>Hi\n<assistant>Well"
 
 
-def test_null_fields_that_a_table_adds_reach_no_template(tokenizer: Any) -> None:
+def test_null_fields_that_a_table_adds_reach_neither_template_nor_reward(tokenizer: Any) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m.name is defined }}{{ m.content }} {% endfor %}"
-    talk = [{"role": "system", "content": "a", "name": None}, {"role": "user", "content": "b", "name": "Eve"}]
+    talk = [{"role": "system", "content": "a"}, {"role": "user", "content": "b", "name": "Eve"}]
     datasets.Dataset.from_list([{"m": talk}, {"m": talk[1:]}]).save_to_disk("disk")
     rows, held = both(type="datasets", path="disk", columns={"messages": "m"}, held_out=0.5)
+    assert sorted((r["messages"] for r in rows + held), key=len) == [talk[1:], talk]
     texts = [r["prompt"] for r in PromptSet.tokenise(rows + held, tokenizer, 0, None, 4).records]
     assert sorted(texts) == ["Falsea Trueb ", "Trueb "]
 

@@ -135,6 +135,16 @@ def test_special_tokens_and_what_follows_the_text_carry_no_mark():
     assert marked(tokenizer, written) == ["Paris", " is"], "nor is one that the text spells out"
 
 
+def test_a_replacement_character_in_the_text_is_a_character_like_others():
+    text = "a\ufffdb"
+    tokenizer = make()
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == 5
+    for known in (None, ids, [*ids, tokenizer.eos_token_id]):
+        result = token_weights(record(text, Span(1, 2, "wrong"), token_ids=known), tokenizer, WEIGHTS)
+        assert result.marked_T.tolist()[:5] == [False, True, True, True, False]
+
+
 def test_weights_multiply_over_label_and_span_and_add_up_over_spans():
     text = "Paris is the"
     one = record(text, span_of(text, "Paris is", "wrong", 0.5), span_of(text, "is the", "right", 3.0))

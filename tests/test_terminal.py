@@ -87,7 +87,7 @@ def test_guidance_names_the_nats_to_aim_for():
 def test_guidance_gives_a_ceiling_where_few_samples_carry_the_weight():
     reward = [[0.0, 0.2, 0.3, 1.0]] * 3
     said = " ".join(guidance(reward, "kl.beta=0.01"))
-    assert f"and at most {(1 - 0.375) / 0.01:.2g}" in said
+    assert f"and up to {(1 - 0.375) / 0.01:.2g}" in said
 
 
 def test_guidance_scales_with_whitened_rewards():
@@ -102,6 +102,7 @@ def test_guidance_scales_with_whitened_rewards():
 def test_guidance_says_so_where_it_cannot_know():
     assert "do not differ in reward" in guidance([[1.0, 1.0], [0.0, 0.0]])[0]
     assert "do not differ in reward" in guidance([[1.0], [0.0]])[0]
+    assert "none; credit.horizon=2" in guidance([[0.0, 1.0]], "credit.horizon=2")[0]
     assert "beta 0" in guidance([[0.0, 1.0]], "kl.beta=0")[0]
     assert guidance([[0.0, 1.0]], "kl.target=3")[0].endswith("aim for kl.target = 3 nats a sequence")
 

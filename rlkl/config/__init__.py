@@ -25,7 +25,6 @@ from rlkl.config.objective import (
     TrainerConfig,
 )
 
-
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 

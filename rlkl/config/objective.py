@@ -70,7 +70,7 @@ class AnnotationsSource(Section):
     def _check(self) -> Self:
         if self.labeller is None and self.lookahead != 1:
             raise ValueError(
-                f"lookahead={self.lookahead} without labeller: stored spans are paid at their last token; drop lookahead"
+                f"lookahead={self.lookahead} without labeller: a stored span is paid at its last token; drop lookahead"
             )
         return self
 
