@@ -293,4 +293,5 @@ def likelihood(rollout: Rollout, rewards: TokenRewards, out: PolicyOutput, cfg: 
         behaviour_logp_BT=behaviour_BT,
         annotation_BT=w_BT,
         pair_B=rollout.pair_B,
+        kl_weight_BT=mask_BT / tokens.clamp(min=1),
     )

@@ -82,7 +82,7 @@ def penalty(cfg: KLConfig, out: PolicyOutput, batch: Batch) -> tuple[Float[Tenso
 
     It shares the normaliser of the policy loss, so beta is in nats a sequence (a token, under a token mean).
     """
-    weight_BT = batch.weight_BT
+    weight_BT = batch.weight_BT if batch.kl_weight_BT is None else batch.kl_weight_BT
     if not needs(cfg):
         return weight_BT.new_zeros(()), {}
     if cfg.estimator == "exact":

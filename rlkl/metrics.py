@@ -64,6 +64,7 @@ METRICS: dict[str, tuple[str, str]] = {
         "minus advantage times log-prob, summed over tokens: a surrogate, not minus J",
     ),
     "loss/kl": ("nats a sequence", "the KL term in the loss, before beta; with kl.placement=loss and beta above 0"),
+    "loss/likelihood": ("nats a token", "the trainer's loss on the annotated tokens, mean, before the KL term"),
     "loss/value": ("reward squared", "half the squared error of the learned value, mean over tokens"),
     "credit/advantage_std": ("reward", "standard deviation of the advantages over the batch's tokens"),
     "credit/explained_variance": (

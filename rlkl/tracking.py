@@ -32,6 +32,8 @@ PACKAGES = (
     "numpy",
     "pydantic",
     "omegaconf",
+    "trackio",
+    "wandb",
 )
 
 

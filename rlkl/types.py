@@ -161,7 +161,9 @@ class Batch(_Rows):
 
     ``weight_BT`` is a token's share of the loss: zero off the mask, else 1 / (the normaliser of the *global*
     batch). Losses are plain sums of ``weight * term``, so micro-batches add up to the whole batch.
-    ``tokens`` is the global number of policy tokens, the denominator of token means.
+    ``kl_weight_BT`` is the same for the KL penalty, where that covers more tokens than the loss (likelihood: every
+    policy token, over the normaliser of the annotated ones). ``tokens`` is the global number of policy tokens, the
+    denominator of token means.
     """
 
     adv_BT: Tensor
@@ -174,6 +176,7 @@ class Batch(_Rows):
     behaviour_value_BT: Tensor | None = None
     annotation_BT: Tensor | None = None
     pair_B: Tensor | None = None
+    kl_weight_BT: Tensor | None = None
 
 
 Metrics = dict[str, tuple[Tensor, Tensor]]

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 from conftest import Tree
+from torch import Tensor
 
 import rlkl
 from rlkl import metrics, settings, tracking
 from rlkl.config import GRADIENT
+from rlkl.types import Rollout
 
 BASELINES = ("none", "batch_mean", "leave_one_out", "ema", "value", "group_norm")
 RUNS: dict[str, Tree] = {
@@ -17,11 +19,22 @@ RUNS: dict[str, Tree] = {
     "horizon": {"credit": {"horizon": 2}},
     "entropy": {"trainer": {"type": "reinforce", "entropy_coef": 0.1}},
     "ppo": {"trainer": {"type": "ppo", "minibatches": 2, "entropy_coef": 0.1}, "credit": {"baseline": "value"}},
+    "token likelihood": {
+        "trainer": {"type": "token_likelihood"},
+        "rewards": {"parity": {"type": "function", "path": "test_metrics_doc:parity", "level": "token"}},
+        "credit": {"horizon": 1},
+        "kl": {"placement": "loss", "estimator": "exact"},
+    },
     "beta 0": {"kl": {"beta": 0}},
     "adaptive beta": {"kl": {"target": 1.0}},
     "whitening": {"credit": {"whiten_rewards": True, "whiten_advantages": True, "centre_rewards": True}},
     "one prompt": {"evaluate": {"prompts": 1, "samples_per_prompt": 2}},
 }
+
+
+def parity(rollout: Rollout) -> Tensor:
+    """Even tokens are good, odd ones bad."""
+    return 1.0 - 2.0 * (rollout.tokens_BT % 2)
 
 
 def test_every_key_of_a_run_is_documented_once_and_every_documented_key_is_emitted(tiny_config):

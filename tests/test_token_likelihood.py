@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlkl import exact, kl
-from rlkl.config import KLConfig, TokenLikelihoodTrainer
+from rlkl import credit, exact, kl
+from rlkl.config import CreditConfig, KLConfig, TokenLikelihoodTrainer
 from rlkl.loop import step_loss
 from rlkl.policy import Policy
 from rlkl.tasks.tabular import random_tabular
 from rlkl.trainers import TokenLikelihood
-from rlkl.types import Batch
+from rlkl.types import Batch, PolicyOutput, TokenRewards
 
 V = 5
 BAD = 2
@@ -247,3 +247,24 @@ def test_a_certain_bad_token_stays_finite() -> None:
     loss, _ = likelihood.unlikelihood(logp, -torch.ones(1, 1), torch.ones(1, 1))
     loss.backward()
     assert bool(loss.isfinite()) and bool(logp.grad is not None and logp.grad.isfinite().all())
+
+
+def test_windowed_annotations_and_where_the_kl_acts() -> None:
+    """w is the sum over the window; tokens train where it holds an annotated one; the KL covers every policy token."""
+    atoms = exact.enumerate_completions([0], 2, 3).rows(torch.tensor([0]))
+    given = torch.tensor([[0.0, -2.0, 1.0]], dtype=torch.float64)
+    marked = torch.tensor([[False, True, True]])
+    annotated = replace(atoms, annotation_BT=given, annotated_BT=marked)
+    ignored = TokenRewards(torch.full((1, 3), 9.0), torch.ones(1, 3, dtype=torch.bool))
+    zeros = torch.zeros(1, 3, dtype=torch.float64)
+    out = PolicyOutput(logp_BT=zeros, ref_logp_BT=zeros - 1)
+    for horizon, w, trains in ((1, [0, -2, 1], [0, 1, 1]), (2, [-2, -1, 1], [1, 1, 1]), (None, [-1, -1, 1], [1, 1, 1])):
+        batch = credit.likelihood(annotated, ignored, out, CreditConfig(horizon=horizon))
+        assert batch.get("annotation_BT").tolist() == [w]
+        assert batch.weight_BT.tolist() == [[x / sum(trains) for x in trains]]
+        assert batch.get("kl_weight_BT").tolist() == [[1 / sum(trains)] * 3]
+        assert torch.equal(batch.behaviour_logp_BT, zeros)
+    from_data = credit.likelihood(replace(annotated, origin="data"), ignored, out, CreditConfig(horizon=1))
+    assert torch.equal(from_data.behaviour_logp_BT, zeros - 1)
+    rewarded = credit.likelihood(atoms, ignored, out, CreditConfig(horizon=1))
+    assert rewarded.get("annotation_BT").tolist() == [[9.0, 9.0, 9.0]]
