@@ -117,7 +117,7 @@ class AnnotationReward:
         assert self.labeller is not None
         try:
             return list(self.labeller(text))
-        except Exception as error:  # whatever a stranger's function raises
+        except (Exception, SystemExit) as error:  # whatever a stranger's function raises
             raise RunError(f"{at}: {type(error).__name__}: {error}") from error
 
     def _span(self, at: str, given: Any) -> Span:

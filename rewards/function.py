@@ -28,7 +28,7 @@ def resolve(path: str) -> Callable[..., Any]:
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), name, None)
-    except Exception as error:  # whatever a stranger's module raises while it is imported
+    except (Exception, SystemExit) as error:  # whatever a stranger's module raises while it is imported
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{path}: cannot be imported ({said}); give module:function, importable from here") from error
     if not callable(function):
@@ -86,7 +86,7 @@ class FunctionReward:
         everyone = list(range(len(rollout)))
         try:
             scores = call(everyone)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RunError(self._raised(error, call, rollout)) from error
         if not hasattr(scores, "__len__") or len(scores) != len(rollout):
             got = f"{len(scores)} scores" if hasattr(scores, "__len__") else f"a {type(scores).__name__}"
@@ -107,7 +107,7 @@ class FunctionReward:
         for i in range(len(rollout)):
             try:
                 call([i])
-            except Exception:
+            except (Exception, SystemExit):
                 culprit = f"at sample {int(rollout.sample_id_B[i])}"
                 break
         return f"reward {self.name}: {type(error).__name__}: {error} ({culprit})"
@@ -115,7 +115,7 @@ class FunctionReward:
     def _token(self, rollout: Rollout) -> Tensor:
         try:
             value_BT = torch.as_tensor(self.function(rollout), device=rollout.tokens_BT.device)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RunError(f"reward {self.name}: {type(error).__name__}: {error}") from error
         if value_BT.shape != rollout.tokens_BT.shape:
             raise RunError(

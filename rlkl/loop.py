@@ -48,7 +48,7 @@ def train(
         try:
             with dashboards.opened(folder, config, main) as copies, Screen(main, config.train.steps) as screen:
                 run([lane], [tracking.Tracker(folder, main, screen, copies)], accelerator)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             (folder / "error.txt").write_text(traceback.format_exc())
             said = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
             raise RunError(f"{said} (traceback in {folder / 'error.txt'})") from error

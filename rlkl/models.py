@@ -48,15 +48,13 @@ def from_folder(path: str | Path, dtype: str = "float32") -> tuple[Any, Any]:
     adapted = (Path(path) / "adapter_config.json").is_file()
     try:
         if adapted:
-            from peft import AutoPeftModelForCausalLM
+            from peft import PeftConfig, PeftModel
 
-            model = AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, dtype=dtype)
+            # Not AutoPeftModelForCausalLM: it resizes the base where the tokenizer is longer than the vocabulary.
+            base = _causal_lm(PeftConfig.from_pretrained(path).base_model_name_or_path, dtype)
+            model = PeftModel.from_pretrained(base, path, is_trainable=True)
         else:
-            model, found = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, trust_remote_code=False, output_loading_info=True
-            )
-            if found["missing_keys"]:
-                raise ValueError(f"lacks the weights {', '.join(sorted(found['missing_keys'])[:3])}")
+            model = _causal_lm(path, dtype)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         why = str(error).strip().splitlines()[0].split(". ")[0]
@@ -65,6 +63,15 @@ def from_folder(path: str | Path, dtype: str = "float32") -> tuple[Any, Any]:
             "give a folder with a causal LM and its tokenizer, or a Hub name while online"
         ) from None
     return model, tokenizer
+
+
+def _causal_lm(path: str | Path, dtype: str) -> Any:
+    model, found = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, trust_remote_code=False, output_loading_info=True
+    )
+    if found["missing_keys"]:
+        raise ValueError(f"lacks the weights {', '.join(sorted(found['missing_keys'])[:3])}")
+    return model
 
 
 def add_adapter(model: Any, config: LoraConfig, path: str) -> Any:
@@ -143,7 +150,7 @@ def ignored_sampling(model: PreTrainedModel) -> list[str]:
     """Settings of the generation config that would change what log-probs mean, and are not applied."""
     neutral = {
         "top_p": (None, 1.0),
-        "top_k": (None, 0, 50),
+        "top_k": (None, 0),
         "min_p": (None, 0.0),
         "typical_p": (None, 1.0),
         "temperature": (None, 1.0),
