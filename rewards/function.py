@@ -101,7 +101,7 @@ class FunctionReward:
         score_B = torch.tensor([float(s) for s in scores], dtype=dtype, device=rollout.tokens_BT.device)
         return pay_at_end(score_B, rollout)
 
-    def _raised(self, error: Exception, call: Callable[[list[int]], Any], rollout: Rollout) -> str:
+    def _raised(self, error: BaseException, call: Callable[[list[int]], Any], rollout: Rollout) -> str:
         """Which sample it was: the first one on which the function raises alone."""
         culprit = "only on the whole batch"
         for i in range(len(rollout)):

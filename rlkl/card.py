@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from rlkl import settings
-from rlkl.config import GRADIENT, Config, PretrainedModel, dump
+from rlkl.config import Config, PretrainedModel, dump
 from rlkl.tracking import read_rows
 
 METHODS = {"reinforce": "REINFORCE", "ppo": "PPO", "token_likelihood": "token likelihood"}
@@ -168,7 +168,7 @@ def _details(config: Config, rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _rule(config: Config) -> str:
-    return GRADIENT[config.kl.placement, config.kl.estimator].replace("pi0", "π0").replace("pi", "π")
+    return config.kl.gradient(config.credit.horizon).replace("pi0", "π0").replace("pi", "π")
 
 
 def _use(config: Config, adapter: bool) -> Iterator[str]:

@@ -146,6 +146,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    for text in message.splitlines():
+    """Mistakes in a configuration are a line each; whatever ended a run is one line."""
+    for text in message.splitlines() if code == 2 else [" ".join(message.split())]:
         print(f"rlkl: {text}", file=sys.stderr)
     return code

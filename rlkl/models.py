@@ -9,6 +9,7 @@ import huggingface_hub.utils.logging as hub_logging
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from rlkl.config import FactsModel, LoraConfig, Model, ModelSection, TinyModel
@@ -28,14 +29,16 @@ def load(config: Model, records: Sequence[dict[str, Any]], seed: int = 0) -> tup
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = add_adapter(model, config.lora, str(path))
-    reference = None if config.reference == "initial" else from_folder(config.reference, config.dtype)[0]
+    reference = (
+        None if config.reference == "initial" else from_folder(config.reference, config.dtype, "model.reference")[0]
+    )
     return model, reference, tokenizer
 
 
-def from_folder(path: str | Path, dtype: str = "float32") -> tuple[Any, Any]:
+def from_folder(path: str | Path, dtype: str = "float32", key: str = "model.path") -> tuple[Any, Any]:
     """A causal LM, or a base with a peft adapter that can go on training, and its tokenizer.
 
-    Remote code and pickles of strangers are never run.
+    Remote code and pickles of strangers are never run. ``key`` is what a mistake is blamed on.
 
     Raises:
         ValueError: there is no such folder, or it does not hold a whole model and its tokenizer.
@@ -43,15 +46,16 @@ def from_folder(path: str | Path, dtype: str = "float32") -> tuple[Any, Any]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
-    if (str(path).startswith((".", "~")) or str(path).count("/") > 1) and not Path(path).is_dir():
-        raise ValueError(f"model.path={path}: no such folder; give one with a causal LM and its tokenizer")
+    local = str(path).startswith((".", "~", "/")) or str(path).count("/") > 1
+    if (local or (Path(path).parent.is_dir() and Path(path).parent != Path())) and not Path(path).is_dir():
+        raise ValueError(f"{key}={path}: no such folder; give one with a causal LM and its tokenizer")
     adapted = (Path(path) / "adapter_config.json").is_file()
     try:
         if adapted:
             from peft import PeftConfig, PeftModel
 
             # Not AutoPeftModelForCausalLM: it resizes the base where the tokenizer is longer than the vocabulary.
-            base = _causal_lm(PeftConfig.from_pretrained(path).base_model_name_or_path, dtype)
+            base = _causal_lm(PeftConfig.from_pretrained(str(path)).base_model_name_or_path, dtype)
             model = PeftModel.from_pretrained(base, path, is_trainable=True)
         else:
             model = _causal_lm(path, dtype)
@@ -59,7 +63,7 @@ def from_folder(path: str | Path, dtype: str = "float32") -> tuple[Any, Any]:
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         why = str(error).strip().splitlines()[0].split(". ")[0]
         raise ValueError(
-            f"model.path={path}: cannot be loaded ({why}); "
+            f"{key}={path}: cannot be loaded ({why}); "
             "give a folder with a causal LM and its tokenizer, or a Hub name while online"
         ) from None
     return model, tokenizer
@@ -85,7 +89,15 @@ def add_adapter(model: Any, config: LoraConfig, path: str) -> Any:
     import peft
 
     targets = config.targets if isinstance(config.targets, str) else list(config.targets)
-    settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, task_type="CAUSAL_LM")
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        task_type="CAUSAL_LM",
+    )
+    if Path(path).is_dir():
+        model.name_or_path = str(Path(path).resolve())  # the adapter finds its base from every folder
     try:
         return peft.get_peft_model(model, settings)
     except ValueError as error:

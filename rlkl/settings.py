@@ -20,6 +20,8 @@ def load(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[st
     Raises:
         ValueError: one line a mistake, each with the key, what is wrong and what to write instead.
     """
+    if not isinstance(source, (str, Path, Mapping, Config)):
+        raise ValueError(f"{source!r}: a configuration is the path of a YAML file or a mapping of sections")
     if isinstance(source, Config):
         source = source.model_dump(mode="json", by_alias=True)
     tree = OmegaConf.create(dict(source)) if isinstance(source, Mapping) else _read(Path(source))

@@ -3,7 +3,7 @@
 import yaml
 
 from rlkl import memory
-from rlkl.config import GRADIENT, Config, dump
+from rlkl.config import Config, dump
 
 
 def describe(config: Config) -> str:
@@ -11,7 +11,7 @@ def describe(config: Config) -> str:
     rule = (
         f"KL:          {config.kl.estimator} in the {config.kl.placement}, "
         f"window {config.kl.resolved_window(config.credit.horizon)}; "
-        f"gradient: {GRADIENT[config.kl.placement, config.kl.estimator]}"
+        f"gradient: {config.kl.gradient(config.credit.horizon)}"
     )
     tree = yaml.safe_dump(dump(config), sort_keys=False, allow_unicode=True)
     first, *table = memory.lines(config)

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from rlkl import models, summary
-from rlkl.config import GRADIENT, Config
+from rlkl.config import Config
 from rlkl.evaluate import Evaluation, sample_rows
 from rlkl.lane import Lane
 from rlkl.launch import mismatch
@@ -25,7 +25,7 @@ def notices(lane: Lane, accelerator: Accelerator) -> Iterator[str]:
     )
     yield from summary.arithmetic(config, accelerator.num_processes)
     yield lane.train_prompts.lengths()
-    rule = GRADIENT[config.kl.placement, config.kl.estimator]
+    rule = config.kl.gradient(config.credit.horizon)
     yield f"KL: beta {config.kl.beta:g}, {config.kl.estimator} in the {config.kl.placement}; its gradient: {rule}"
     if warning := mismatch(accelerator):
         yield warning

@@ -26,6 +26,7 @@ PACKAGES = (
     "torch",
     "transformers",
     "accelerate",
+    "peft",
     "datasets",
     "tokenizers",
     "safetensors",

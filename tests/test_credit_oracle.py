@@ -175,7 +175,8 @@ def test_ema_starts_at_the_first_mean_and_excludes_the_current_batch():
 def test_only_truncated_episodes_bootstrap_and_only_when_asked(end, asked, advantage):
     rollout, out = by_hand(ends=(end, End.EOS))
     out = replace(out, value_BT=d((0.5, 1, 0), (0, 0, 0)), bootstrap_B=torch.tensor([8.0, 9.0]))
-    cfg = CreditConfig(baseline="value", advantage=advantage, gamma=0.5, bootstrap_truncated=asked, **{"lambda": 1.0})
+    exact = {"lambda": 1.0} if advantage == "gae" else {}
+    cfg = CreditConfig(baseline="value", advantage=advantage, gamma=0.5, bootstrap_truncated=asked, **exact)
     adv = credit.assign(rollout, SCORES, out, cfg, NO_KL, 0.0)[0].adv_BT
     paid = 3 + (4 if asked and end == End.LIMIT else 0)
     torch.testing.assert_close(adv, d((paid / 2 - 0.5, paid - 1, 0), (1.25, 2.5, 5)))

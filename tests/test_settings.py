@@ -105,7 +105,7 @@ def test_the_same_type_again_keeps_the_keys():
 
 
 def test_lambda_is_written_lambda():
-    config = settings.load(MINIMAL, ["credit.lambda=0.7"])
+    config = settings.load(MINIMAL, ["credit.lambda=0.7", "credit.advantage=gae", "credit.baseline=value"])
     assert config.credit.lambda_ == 0.7
     credit = dump(config)["credit"]
     assert credit["lambda"] == 0.7
@@ -121,7 +121,8 @@ def test_interpolations_are_resolved():
     "overrides",
     [
         (),
-        ("credit.lambda=0.5", "credit.gamma=0.9", "optimiser.betas=[0.5,0.6]", "optimiser.learning_rate=1e-7"),
+        ("credit.gamma=0.9", "optimiser.betas=[0.5,0.6]", "optimiser.learning_rate=1e-7"),
+        ("credit.lambda=0.5", "credit.advantage=gae", "credit.baseline=value"),
         ("credit.horizon=2", "kl.window=same", "data.held_out=other.jsonl"),
         ("model.type=tiny", "model.texts=[prompt,gold]"),
         ("kl.target=3", "seed=4294967295", "folder=/a b/ü"),

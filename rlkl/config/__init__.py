@@ -101,7 +101,7 @@ class LogConfig(Section):
 class Config(Section):
     """A run."""
 
-    name: str = Field(pattern=r"^[\w.-]+$", description="the run is written to <folder>/<name>")
+    name: str = Field(pattern=r"^\.*[\w-][\w.-]*$", description="the run is written to <folder>/<name>")
     folder: str = Field("runs", description="where the runs are")
     seed: int = Field(0, ge=0, lt=2**32, description="of all samples, of the order of prompts and of the split")
     model: Model
@@ -137,6 +137,8 @@ class Config(Section):
         batch = self.rollout.prompts * self.rollout.samples_per_prompt
         if self.credit.baseline == "batch_mean" and batch < 2:
             raise ValueError("credit.baseline=batch_mean with 1 completion a step; sample 2 or more")
+        if self.trainer.type in ("ppo", "reinforce"):
+            self._check_valued(self.trainer)
         if self.trainer.type == "ppo":
             self._check_ppo(self.trainer)
         if self.trainer.type == "token_likelihood":
@@ -174,15 +176,18 @@ class Config(Section):
                 "in; use kl.placement=loss with exact, exact_local or (signed) exact_forward, or kl.beta=0"
             )
 
+    def _check_valued(self, trainer: ReinforceTrainer | PPOTrainer) -> None:
+        """Refuse keys of a value that nothing learns."""
+        for name in {"value_clip", "value_coef"} & type(trainer).model_fields.keys():
+            chosen = getattr(trainer, name)
+            if chosen != type(trainer).model_fields[name].default and not self.credit.needs_value:
+                raise ValueError(
+                    f"trainer.{name}={chosen} with credit.baseline={self.credit.baseline}: "
+                    "no value is learned; set credit.baseline=value, or drop the key"
+                )
+
     def _check_ppo(self, ppo: PPOTrainer) -> None:
         """Refuse what means nothing once samples are reused."""
-        usual = {name: field.default for name, field in PPOTrainer.model_fields.items()}
-        valued = [name for name in ("value_clip", "value_coef") if getattr(ppo, name) != usual[name]]
-        if valued and not self.credit.needs_value:
-            raise ValueError(
-                f"trainer.{valued[0]}={getattr(ppo, valued[0])} with credit.baseline={self.credit.baseline}: "
-                "no value is learned; set credit.baseline=value, or drop the key"
-            )
         drawn = ("k2", "k2_sequence", "k3")
         if ppo.updates > 1 and self.kl.placement == "loss" and self.kl.estimator in drawn and self.kl.beta > 0:
             raise ValueError(

@@ -1,8 +1,9 @@
 """What every section of the configuration is made of. Torch-free."""
 
-from typing import Annotated, Any, Self, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -12,10 +13,12 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    @field_validator("*", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _truth_is_no_number(cls: type[Self], value: Any, info: ValidationInfo) -> Any:
-        annotation = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
-            raise ValueError(f"{str(value).lower()} is neither a number nor a text; this key takes no true or false")
-        return value
+    def _truth_is_no_number(cls, data: Any) -> Any:
+        """Refuse true and false where a number or a text belongs; pydantic would read them as 1 and 0."""
+        for name, field in cls.model_fields.items() if isinstance(data, Mapping) else ():
+            value = data.get(field.alias or name)
+            if isinstance(value, bool) and bool not in (field.annotation, *get_args(field.annotation)):
+                raise ValueError(f"{field.alias or name}={str(value).lower()}: this key takes no true or false")
+        return data

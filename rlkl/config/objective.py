@@ -161,6 +161,12 @@ class CreditConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.lambda_ != 0.95 and self.advantage != "gae":
+            raise ValueError(f"lambda={self.lambda_} with advantage={self.advantage}: only gae reads it; drop the key")
+        if self.ema_decay != 0.9 and self.baseline != "ema":
+            raise ValueError(
+                f"ema_decay={self.ema_decay} with baseline={self.baseline}: only ema reads it; drop the key"
+            )
         if self.horizon is not None and self.advantage == "gae" and self.lambda_ < 1:
             raise ValueError(
                 f"horizon={self.horizon} with advantage=gae, lambda={self.lambda_}: GAE with lambda<1 would "
@@ -205,6 +211,18 @@ class KLConfig(Section):
         if self.target is not None and self.beta == 0:
             raise ValueError(f"target={self.target} with beta=0: beta adapts by factors; start above 0")
         return self
+
+    def gradient(self, horizon: int | None) -> str:
+        """What the penalty's gradient is in expectation, on the policy's own samples."""
+        if self.placement == "loss":
+            return GRADIENT[self.placement, self.estimator]
+        window = self.resolved_window(horizon)
+        if window == "full" or (window in ("same", "anchored") and horizon is None):
+            return "reverse KL of the sequence"
+        if window == "own":
+            return "local: token-conditional reverse KL, blind to how a token changes later states"
+        where = " where a scored token is in reach, else of its own token" if window == "anchored" else ""
+        return f"reverse KL of the next {horizon} tokens{where}"
 
     def resolved_window(self, horizon: int | None) -> str:
         """The KL window in force for a reward horizon."""

@@ -54,9 +54,16 @@ def _load(config: DatasetsData, split: str) -> Any:
 
     path = Path(config.path)
     if (path / "state.json").is_file():
+        if split != "train":
+            raise ValueError("a saved Dataset has no splits and takes no slice; save a DatasetDict, or use a share")
         return datasets.load_from_disk(config.path)
     if (path / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(config.path)[split]
+        saved = datasets.load_from_disk(config.path)
+        if split not in saved:
+            raise ValueError(
+                f"no such split in this saved DatasetDict, which takes no slice; splits: {', '.join(saved)}"
+            )
+        return saved[split]
     if path.is_file() and path.suffix not in FORMATS:
         raise ValueError(f"a {path.suffix or 'nameless'} file; known: {', '.join(FORMATS)}")
     if path.is_file():
