@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from typing import Any
 
 import psutil
@@ -20,6 +21,7 @@ def accelerator(config: Config, **kwargs: Any) -> Accelerator:
     Raises:
         ValueError: a set-up that this version does not train under, such as sharded parameters.
     """
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     made = Accelerator(
         cpu=not torch.accelerator.is_available(),

@@ -1,5 +1,6 @@
 """From ``model:`` in the configuration to a causal LM and its tokenizer."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -88,6 +89,7 @@ def add_adapter(model: Any, config: LoraConfig, path: str) -> Any:
         raise ValueError(f"model.lora with model.path={path}: this folder holds an adapter, which trains on; drop lora")
     import peft
 
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
     targets = config.targets if isinstance(config.targets, str) else list(config.targets)
     settings = peft.LoraConfig(
         r=config.rank,

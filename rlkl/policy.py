@@ -109,10 +109,12 @@ class Policy(nn.Module):
         self.critic: Any = None
         self.value_head: nn.Linear | None = None
         if value_head:
-            if not self.chunked:
+            own_trunk = separate_critic and causal(model).base_model is not causal(model)
+            if not self.chunked and not own_trunk:
                 raise ValueError(
                     f"{type(causal(model)).__name__}: a learned value needs the trunk's hidden states, but this "
-                    "model's logits are not its output embedding times them; use another credit.baseline"
+                    "model's logits are not its output embedding times them; use model.critic=separate, or another "
+                    "credit.baseline"
                 )
             if separate_critic:
                 self.critic = copy.deepcopy(causal(model).base_model).requires_grad_(True)

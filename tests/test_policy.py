@@ -450,3 +450,16 @@ def test_metrics_of_parts_are_divided_once_after_adding():
     assert finish(pairs) == {"a": 0.25, "b": 7 / 4}
     assert finish({"none": (torch.tensor(0.0), torch.tensor(0.0))}) == {"none": 0.0}
     assert finish({}) == {}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_separate_critic_needs_a_trunk_alone(name):
+    policy = make_policy(name, value_head=True, separate_critic=True)
+    rollout = make_rollout()
+    with torch.no_grad():
+        policy.value_head.weight.fill_(0.1)
+    value_BT = policy(rollout, {"value", "logp"}).get("value_BT")
+    value_BT.sum().backward()
+    touched = {key.split(".")[0] for key, p in policy.named_parameters() if p.grad is not None}
+    assert touched == {"critic", "value_head"}
+    assert float(value_BT.detach().abs().max()) > 0
