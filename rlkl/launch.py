@@ -1,7 +1,10 @@
 """Processes and devices: what a launcher asked for, what it got, and the accelerator that results."""
 
+import atexit
+import gc
 import os
 import re
+import sys
 import warnings
 from typing import Any
 
@@ -46,8 +49,17 @@ def accelerator(config: Config, **kwargs: Any) -> Accelerator:
 def close() -> None:
     """Leave together: a rank that goes first would tear down connections that others still use."""
     if dist.is_available() and dist.is_initialized():
+        gc.collect()  # models that still hold the group
         dist.barrier()
         dist.destroy_process_group()
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """End at once: everything is written, and native threads of the group can abort the interpreter's teardown."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def asked_processes() -> int | None:

@@ -132,6 +132,7 @@ def assign(lane: Lane, rollout: Rollout, rewards: TokenRewards, scored: PolicyOu
     config = lane.config
     if config.trainer.type == "token_likelihood":
         return credit.likelihood(lane.reward.annotate(rollout), rewards, scored, config.credit)
+    kl.check_origin(config.kl, rollout.origin)
     batch, lane.ema = credit.assign(rollout, rewards, scored, config.credit, config.kl, lane.beta, lane.ema)
     return batch
 

@@ -7,6 +7,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from rlkl import reference, settings
+from rlkl.config import dump
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,7 +56,8 @@ def test_the_tree_in_the_readme_is_the_tree():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_configurations_are_valid(path):
     needed = ["data.path=yours.jsonl"] if "data.path" in path.read_text(encoding="utf-8") else []
-    settings.load(path, needed)
+    config = settings.load(path, needed)
+    assert settings.load(dump(config)) == config
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.name)

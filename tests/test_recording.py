@@ -248,7 +248,10 @@ def test_equal_prompts_under_another_seed_may_be_replayed(tiny_config: Tree) -> 
     write_jsonl("held.jsonl", [{"prompt": "held out", "gold": "x"}, {"prompt": "this too", "gold": "y"}])
     tiny_config["data"]["held_out"] = "held.jsonl"
     run = train(tiny_config, ["name=one", "rollout.record=true"])
-    train(tiny_config, ["name=two", f"rollout.replay={run}", "seed=1"])
+    replayed = train(tiny_config, ["name=two", f"rollout.replay={run}", "seed=1"])
+    first, second = (metrics(folder)[1] for folder in (run, replayed))
+    assert first["tokens/generated"] == second["tokens/generated"]
+    assert first["reward/train/total"] == second["reward/train/total"]
 
 
 def test_two_processes_record_and_replay_what_one_does(tiny_config: Tree, recorded: Path) -> None:
@@ -258,6 +261,7 @@ def test_two_processes_record_and_replay_what_one_does(tiny_config: Tree, record
         "import rlkl\n"
         "rlkl.train('c.yaml', ['name=two', 'rollout.record=true'])\n"
         "rlkl.train('c.yaml', ['name=again', 'rollout.replay=runs/recorded'])\n"
+        "rlkl.launch.close()\n"
     )
     torchrun(2, "twice.py")
     assert recording.steps(Path("runs/two")) == [1, 2, 3]

@@ -253,7 +253,10 @@ def test_the_refusal_names_a_token_whose_reward_moved():
 
 def test_a_score_of_the_sequence_needs_no_probe():
     GIVEN["scores"] = None
-    source("scores").probe(rollout(COMPLETIONS))
+    batch = rollout(COMPLETIONS)
+    source("scores").probe(batch)
+    with pytest.raises(RunError):  # asked for scores, the same function fails
+        source("scores")(batch)
 
 
 def test_a_function_that_fails_in_the_probe_is_a_mistake_before_the_run():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlkl import losses
 from rlkl.config import CreditConfig, PPOTrainer
+from rlkl.trainers.reinforce import policy_gradient_need
 from rlkl.types import Batch, Metrics, Need, PolicyOutput
 
 
@@ -34,12 +35,7 @@ class PPO:
     @property
     def need(self) -> frozenset[Need]:
         """What the training forward must return."""
-        needed: set[Need] = {"logp"}
-        if self.config.entropy_coef > 0:
-            needed.add("entropy")
-        if self.credit.needs_value:
-            needed.add("value")
-        return frozenset(needed)
+        return policy_gradient_need(self.config.entropy_coef, self.credit)
 
     def loss(self, out: PolicyOutput, batch: Batch) -> tuple[Tensor, Metrics]:
         """Clipped surrogate, plus the clipped value loss and minus the entropy bonus."""

@@ -13,6 +13,16 @@ from rlkl.config import CreditConfig, ReinforceTrainer
 from rlkl.types import Batch, Metrics, Need, PolicyOutput
 
 
+def policy_gradient_need(entropy_coef: float, credit: CreditConfig) -> frozenset[Need]:
+    """What the training forward of a policy gradient must return: the bonus and the value only where they train."""
+    needed: set[Need] = {"logp"}
+    if entropy_coef > 0:
+        needed.add("entropy")
+    if credit.needs_value:
+        needed.add("value")
+    return frozenset(needed)
+
+
 @dataclass(frozen=True)
 class Reinforce:
     """Williams 1992, on the policy's own samples."""
@@ -26,12 +36,7 @@ class Reinforce:
     @property
     def need(self) -> frozenset[Need]:
         """What the training forward must return."""
-        needed: set[Need] = {"logp"}
-        if self.config.entropy_coef > 0:
-            needed.add("entropy")
-        if self.credit.needs_value:
-            needed.add("value")
-        return frozenset(needed)
+        return policy_gradient_need(self.config.entropy_coef, self.credit)
 
     def loss(self, out: PolicyOutput, batch: Batch) -> tuple[Tensor, Metrics]:
         """Minus the surrogate whose gradient is that of the expected return (see ``rlkl.losses``)."""
