@@ -31,6 +31,7 @@ class AnnotationReward:
         self.name = name
         self.config = config
         self.labeller = None if config.labeller is None else resolve(config.labeller)
+        self._last: tuple[Rollout, list[list[Span]]] | None = None
 
     def __call__(self, rollout: Rollout) -> TokenRewards:
         """Rewards of a rollout; every completion is one query of the labeller.
@@ -99,26 +100,36 @@ class AnnotationReward:
     def _labelled(self, rollout: Rollout, whole: bool) -> list[list[Judged]]:
         assert rollout.decode is not None, "this rollout has no tokenizer"
         judged: list[list[Judged]] = []
-        for i, (ids, text) in enumerate(zip(rollout.completion_ids(), rollout.texts(), strict=True)):
-            decoded, at = Decoded(ids, rollout.decode, text), self._at(rollout, i)
+        rows = zip(rollout.completion_ids(), rollout.texts(), self._spans(rollout), strict=True)
+        for ids, text, spans in rows:
+            decoded = Decoded(ids, rollout.decode, text)
             judged.append([])
-            for given in self._ask(at, text):
-                span = self._span(at, given)
-                if not 0 <= span.start < span.end <= len(text):
-                    raise RunError(f"{at}: {given!r} is no span of its {len(text)} characters; correct start and end")
+            for span in spans:
                 paid = [decoded.certain(span.end - 1 + self.config.lookahead)]
                 judged[-1].append((span, decoded.tokens(span.start, span.end) if whole else paid))
         return judged
 
+    def _spans(self, rollout: Rollout) -> list[list[Span]]:
+        """The labeller's spans; it is asked once about a rollout, which is paid for and then read whole."""
+        if self._last is None or self._last[0] is not rollout:
+            rows = enumerate(rollout.texts())
+            self._last = rollout, [self._ask(self._at(rollout, i), text) for i, text in rows]
+        return self._last[1]
+
     def _at(self, rollout: Rollout, i: int) -> str:
         return f"reward {self.name}: sample {int(rollout.sample_id_B[i])}"
 
-    def _ask(self, at: str, text: str) -> list[Any]:
+    def _ask(self, at: str, text: str) -> list[Span]:
         assert self.labeller is not None
         try:
-            return list(self.labeller(text))
+            answer = list(self.labeller(text))
         except (Exception, SystemExit) as error:  # whatever a stranger's function raises
             raise RunError(f"{at}: {type(error).__name__}: {error}") from error
+        spans = [self._span(at, given) for given in answer]
+        for span, given in zip(spans, answer, strict=True):
+            if not 0 <= span.start < span.end <= len(text):
+                raise RunError(f"{at}: {given!r} is no span of its {len(text)} characters; correct start and end")
+        return spans
 
     def _span(self, at: str, given: Any) -> Span:
         """A span from an object or a mapping."""

@@ -13,7 +13,8 @@ Reward = Callable[[Rollout], TokenRewards]
 class WeightedSum:
     """``sum_k weight_k * r_k``; a position is scored where any source scores it; queries add up.
 
-    A source of weight 0 is only watched.
+    A source of weight 0 is only watched: it teaches nothing, so it scores no position for credit, and its queries are
+    not counted.
     """
 
     def __init__(self, sources: Mapping[str, tuple[Reward, float]]) -> None:
@@ -23,11 +24,12 @@ class WeightedSum:
         """The sum; ``shares`` hold what each source gave, before its weight."""
         parts = {name: reward(rollout) for name, (reward, _) in self.sources.items()}
         weighted = [weight * parts[name].value_BT for name, (_, weight) in self.sources.items()]
+        counted = [part.scored_BT if self.sources[n][1] else part.scored_BT & False for n, part in parts.items()]
         return TokenRewards(
             value_BT=torch.stack(weighted).sum(0),
-            scored_BT=torch.stack([part.scored_BT for part in parts.values()]).any(0),
+            scored_BT=torch.stack(counted).any(0),
             shares={name: part.value_BT for name, part in parts.items()},
-            queries=sum(part.queries for part in parts.values()),
+            queries=sum(parts[name].queries for name, (_, weight) in self.sources.items() if weight),
         )
 
     def annotate(self, rollout: Rollout) -> Rollout:

@@ -20,8 +20,8 @@ METRICS: dict[str, tuple[str, str]] = {
         "the same on the held-out prompts; mean over prompts, at temperature 1",
     ),
     "reward/eval/<source>_stderr": ("reward a sequence", "its standard error over prompts; null for a single prompt"),
-    "reward/queries": ("calls", "scores asked of all sources so far in training"),
-    "reward/eval/queries": ("calls", "scores asked of all sources in this evaluation"),
+    "reward/queries": ("calls", "scores asked so far in training, of all sources that weigh more than 0"),
+    "reward/eval/queries": ("calls", "scores asked in this evaluation, of all sources that weigh more than 0"),
     "kl/sequence": (
         "nats a sequence",
         "canonical KL(pi||pi0): exact token KLs summed along the policy's own samples of the held-out prompts at "

@@ -54,6 +54,17 @@ def test_a_labelled_span_is_paid_once_at_the_token_that_makes_it_certain():
     assert result.queries == 3
 
 
+def test_a_labeller_is_asked_once_about_a_completion_that_is_paid_and_then_read_whole(monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr(facts, "annotate", lambda text, real=facts.annotate: [asked.append(text), real(text)][1])
+    source, rollout = reward(), sampled()
+    source(rollout)
+    source.annotate(rollout)
+    assert asked == rollout.texts()
+    source(sampled())  # as good, but another rollout
+    assert len(asked) == 6
+
+
 def test_rewards_of_the_facts_labeller_are_causal_and_those_paid_at_once_are_not():
     texts = [text for _, text in facts.corpus(64, seed=3)]
     for rollout in (sampled(texts), sampled([*texts, " Paris is the capital of Canada"], eos=False)):

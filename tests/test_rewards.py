@@ -291,7 +291,8 @@ def test_a_source_of_weight_zero_is_watched():
     total = WeightedSum({"a": (constant(2.0, [0], 1), 1.0), "b": (constant(9.0, [1], 1), 0.0)})(rollout([[5, 6]]))
     assert total.value_BT.tolist() == [[2.0, 0.0]]
     assert total.shares["b"].tolist() == [[0.0, 9.0]]
-    assert total.queries == 2
+    assert total.scored_BT.tolist() == [[True, False]]  # what is watched assigns no credit
+    assert total.queries == 1
 
 
 def test_the_weight_of_the_configuration_counts():
