@@ -57,6 +57,24 @@ def test_at_ratio_one_its_expected_gradient_is_the_exact_one() -> None:
     assert float(found["policy/clip_fraction"][0]) == 0 == float(found["policy/approx_kl"][0])
 
 
+def test_the_clip_does_not_bound_kl() -> None:
+    """One state, four actions, exact expectations: the clip binds again and again, and KL still goes to -log pi0(y*)."""
+    start = torch.tensor([2.0, 1.0, 0.0, -2.0], dtype=torch.float64)
+    ref, logits, adv = start.log_softmax(-1), start.clone().requires_grad_(), row(0.0, 0.0, 0.0, 1.0)
+    bound: list[bool] = []
+    while float((gap := logits.detach().log_softmax(-1) - ref).exp() @ (ref.exp() * gap)) < -0.98 * float(ref[3]):
+        old = logits.log_softmax(-1).detach()[None]
+        for _ in range(10):
+            logp, weight = logits.log_softmax(-1)[None], old.exp()
+            loss, found = losses.ppo_clip(logp, old, adv - (weight * adv).sum(), weight, clip=0.2)
+            (gradient,) = torch.autograd.grad(loss, logits)
+            with torch.no_grad():
+                logits -= gradient
+        bound.append(float(found["policy/clip_fraction"][0]) > 0)
+        assert len(bound) < 1000
+    assert sum(bound) >= 4, "the clip hardly acted, so this shows nothing"
+
+
 def lane_of(config: Tree, *overrides: str) -> Lane:
     parsed = settings.load(config, overrides)
     lane = build(parsed)
