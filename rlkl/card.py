@@ -13,11 +13,13 @@ from rlkl import settings
 from rlkl.config import Config, PretrainedModel, dump
 from rlkl.tracking import read_rows
 
-METHODS = {"reinforce": "REINFORCE", "ppo": "PPO", "token_likelihood": "token likelihood"}
+METHODS = {"reinforce": "REINFORCE", "ppo": "PPO", "token_likelihood": "token likelihood", "dpo": "DPO"}
 PAPERS = {
     "reinforce": "Williams (1992). Simple statistical gradient-following algorithms for connectionist reinforcement "
     "learning. Machine Learning 8.",
     "ppo": "Schulman et al. (2017). Proximal policy optimization algorithms. arXiv:1707.06347.",
+    "dpo": "Rafailov et al. (2023). Direct preference optimization: your language model is secretly a reward model. "
+    "arXiv:2305.18290.",
     "unlikelihood": "Welleck et al. (2019). Neural text generation with unlikelihood training. arXiv:1908.04319.",
     "npo": "Zhang et al. (2024). Negative preference optimization. arXiv:2404.05868.",
     "regression": "Richemond et al. (2024). Offline regularised reinforcement learning for large language models "
@@ -154,7 +156,10 @@ def _details(config: Config, rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "## Method\n"
     yield f"- objective: {_method(config)}; reward window {horizon}, baseline {config.credit.baseline}"
     yield f"- rewards: {', '.join(f'`{name}` = `{s.origin}`' for name, s in config.rewards.items())}"
-    yield f"- KL: {beta}; {kl.estimator} in the {kl.placement}{window}; its gradient: {_rule(config)}"
+    if config.holds_beta:
+        yield f"- KL: {beta}, held by the loss itself"
+    else:
+        yield f"- KL: {beta}; {kl.estimator} in the {kl.placement}{window}; its gradient: {_rule(config)}"
     yield f"- reference: {'the base model itself' if config.model.reference == 'initial' else 'another model'}"
     yield f"- data: {config.data.type}" + (f", `{_public(data)}`" if data else "")
     yield f"- {config.train.steps} steps of at most {r.prompts} prompts × {r.samples_per_prompt} completions"

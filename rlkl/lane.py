@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from rlkl import models, recording, rewards, tracking
+from rlkl import models, pairs, recording, rewards, tracking
 from rlkl.config import Config
 from rlkl.data.prompts import PromptSet, records
 from rlkl.policy import Policy
@@ -51,11 +51,12 @@ class Lane:
         """Rows of this process in each update of a pass, and what their weights are multiplied by.
 
         Completions are dealt out by a permutation of the whole batch, the same whatever the processes. A process
-        without a row in some minibatch takes part with one of weight 0, so that gradients can meet.
+        without a row in some minibatch takes part with one of weight 0, so that gradients can meet. Where there are
+        preference pairs, their two rows stand together and completions in no pair are left out.
         """
         count = self.trainer.minibatches
         if count == 1:
-            yield torch.arange(len(rollout)), 1.0
+            yield (torch.arange(len(rollout)), 1.0) if rollout.pair_B is None else pairs.adjacent(rollout.pair_B)
             return
         rollouts = self.config.rollout
         total = rollouts.prompts * rollouts.samples_per_prompt

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rlkl import RunError, artefacts, card, credit, dashboards, kl, launch, plots, settings, terminal, tracking
+from rlkl import RunError, artefacts, card, credit, dashboards, kl, launch, pairs, plots, settings, terminal, tracking
 from rlkl.config import Config, KLConfig, OptimiserConfig
 from rlkl.evaluate import Evaluation, chunks, evaluate, join, sample_rows
 from rlkl.lane import Lane, build, collect
@@ -57,9 +57,9 @@ def train(
 
 def run(lanes: list[Lane], trackers: list[tracking.Tracker], accelerator: Accelerator) -> None:
     """Drive lanes, step by step, to their last step. An ordinary run is one lane."""
-    pairs = list(zip(lanes, trackers, strict=True))
+    both = list(zip(lanes, trackers, strict=True))
     before = []
-    for lane, tracker in pairs:
+    for lane, tracker in both:
         lane.place(accelerator)
         tracker.say(*terminal.notices(lane, accelerator), *tracker.notes)
         if tracker.main:
@@ -70,9 +70,9 @@ def run(lanes: list[Lane], trackers: list[tracking.Tracker], accelerator: Accele
     after = before
     for step in range(1, max(lane.config.train.steps for lane in lanes) + 1):
         after = [
-            advance(lane, tracker, step, accelerator) or old for (lane, tracker), old in zip(pairs, after, strict=True)
+            advance(lane, tracker, step, accelerator) or old for (lane, tracker), old in zip(both, after, strict=True)
         ]
-    for (lane, tracker), first, last in zip(pairs, before, after, strict=True):
+    for (lane, tracker), first, last in zip(both, before, after, strict=True):
         tracker.say(*terminal.show(first, last, lane.config.log.samples))
         if tracker.main:
             artefacts.save_final(lane.policy, lane.tokenizer, tracker.folder / "final")
@@ -102,6 +102,8 @@ def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, flo
         rewards = lane.reward(rollout)
     except RunError as error:
         raise RunError(f"step {step}: {error}") from error
+    if config.trainer.type == "dpo" and rollout.pair_B is None:
+        rollout = pairs.ranked(rollout, rewards)
     clock.lap("reward")
     scored = score(lane, rollout)
     penalty = kl.measured(rollout, scored)
@@ -128,8 +130,10 @@ def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, flo
 
 
 def assign(lane: Lane, rollout: Rollout, rewards: TokenRewards, scored: PolicyOutput) -> Batch:
-    """Credit: advantages for policy gradients, windowed annotations for likelihood."""
+    """Credit: advantages for policy gradients, windowed annotations for likelihood, a share of the pairs for DPO."""
     config = lane.config
+    if config.trainer.type == "dpo":
+        return pairs.assign(rollout, scored)
     if config.trainer.type == "token_likelihood":
         return credit.likelihood(lane.reward.annotate(rollout), rewards, scored, config.credit)
     kl.check_origin(config.kl, rollout.origin)
@@ -226,6 +230,8 @@ def step_metrics(rollout: Rollout, rewards: TokenRewards, batch: Batch, scored: 
         "credit/advantage_std": masked_std(batch.adv_BT, mask_BT),
         "credit/return": masked_mean(batch.return_BT, mask_BT),
     }
+    if batch.pair_B is not None:
+        values["preference/tied"] = masked_mean((batch.pair_B < 0).float(), everyone)
     if batch.behaviour_value_BT is not None:
         residual = masked_std(batch.return_BT - batch.behaviour_value_BT, mask_BT)
         spread = masked_std(batch.return_BT, mask_BT)

@@ -9,6 +9,7 @@ so that runs with different normalisers can be read side by side.
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from rlkl.types import Metrics
 
@@ -98,3 +99,30 @@ def entropy_bonus(
     """
     loss = -(weight_BT * entropy_BT).sum()
     return loss, {"policy/entropy": sequence_mean(entropy_BT, weight_BT)}
+
+
+def dpo(
+    logp_BT: Float[Tensor, "B T"],
+    ref_logp_BT: Float[Tensor, "B T"],
+    weight_BT: Float[Tensor, "B T"],
+    beta: float,
+) -> tuple[Float[Tensor, ""], Metrics]:
+    r"""Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290).
+
+    .. math:: -\sum_k w_k\log\sigma(\beta[\sum_t u_t(\text{chosen}_k)-\sum_t u_t(\text{rejected}_k)])
+
+    with :math:`u=\log\pi/\pi_0` over the tokens that weigh something. Even rows are chosen, each followed by its
+    rejected one; all tokens of a pair weigh the same. Reported beside the loss, means over pairs: the margin (the
+    argument of :math:`\sigma`, in reward) and the share of pairs in which it is positive.
+    """
+    train_BT = weight_BT > 0
+    u_B = ((logp_BT - ref_logp_BT) * train_BT).sum(-1)
+    margin_P = beta * (u_B[0::2] - u_B[1::2])
+    term_P, weight_P, paired_P = -logsigmoid(margin_P), weight_BT[0::2].amax(-1), train_BT[0::2].any(-1)
+    pairs = paired_P.sum().to(term_P.dtype)
+    metrics = {
+        "loss/preference": ((term_P * paired_P).sum().detach(), pairs),
+        "preference/margin": ((margin_P * paired_P).sum().detach(), pairs),
+        "preference/accuracy": (((margin_P > 0) & paired_P).sum().to(term_P.dtype), pairs),
+    }
+    return (weight_P * term_P).sum(), metrics

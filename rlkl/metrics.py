@@ -65,6 +65,14 @@ METRICS: dict[str, tuple[str, str]] = {
     ),
     "loss/kl": ("nats a sequence", "the KL term in the loss, before beta; with kl.placement=loss and beta above 0"),
     "loss/likelihood": ("nats a token", "the trainer's loss on the annotated tokens, mean, before the KL term"),
+    "loss/preference": ("nats a pair", "DPO: -log sigmoid of the margin, mean over pairs"),
+    "preference/margin": (
+        "reward",
+        "DPO: kl.beta times log pi/pi0 of the chosen minus that of the rejected completion, before the update, mean "
+        "over pairs",
+    ),
+    "preference/accuracy": ("share", "DPO: pairs with a positive margin"),
+    "preference/tied": ("share", "DPO: training samples in no pair, for their rewards tie"),
     "loss/value": ("reward squared", "half the squared error of the learned value, mean over tokens"),
     "credit/advantage_std": ("reward", "standard deviation of the advantages over the batch's tokens"),
     "credit/explained_variance": (

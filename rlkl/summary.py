@@ -8,14 +8,19 @@ from rlkl.config import Config, dump
 
 def describe(config: Config) -> str:
     """The resolved configuration, the arithmetic of its batches, and the memory that they need."""
-    rule = (
-        f"KL:          {config.kl.estimator} in the {config.kl.placement}, "
-        f"window {config.kl.resolved_window(config.credit.horizon)}; "
-        f"gradient: {config.kl.gradient(config.credit.horizon)}"
-    )
+    rule = f"KL:          {penalty(config)}"
     tree = yaml.safe_dump(dump(config), sort_keys=False, allow_unicode=True)
     first, *table = memory.lines(config)
     return "\n".join([tree, *(f"# {text}" for text in [*arithmetic(config), rule, f"memory:      {first}", *table])])
+
+
+def penalty(config: Config) -> str:
+    """Where the KL penalty is, and what gradient that gives."""
+    if config.holds_beta:
+        return "held by the loss itself; no further penalty"
+    window = f", window {config.kl.resolved_window(config.credit.horizon)}" if config.kl.placement == "reward" else ""
+    rule = config.kl.gradient(config.credit.horizon)
+    return f"{config.kl.estimator} in the {config.kl.placement}{window}; its gradient: {rule}"
 
 
 def arithmetic(config: Config, ranks: int = 1) -> list[str]:

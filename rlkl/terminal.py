@@ -25,8 +25,7 @@ def notices(lane: Lane, accelerator: Accelerator) -> Iterator[str]:
     )
     yield from summary.arithmetic(config, accelerator.num_processes)
     yield lane.train_prompts.lengths()
-    rule = config.kl.gradient(config.credit.horizon)
-    yield f"KL: beta {config.kl.beta:g}, {config.kl.estimator} in the {config.kl.placement}; its gradient: {rule}"
+    yield f"KL: beta {config.kl.beta:g}, {summary.penalty(config)}"
     if warning := mismatch(accelerator):
         yield warning
     if config.model.dtype == "bfloat16" and config.model.lora is None:
@@ -71,8 +70,8 @@ def guidance(config: Config, before: Evaluation) -> Iterator[str]:
     The optimum meant is that of the whole episode's reward. To be called by all processes.
     """
     beta = config.kl.beta
-    if config.trainer.type == "token_likelihood":
-        return  # its beta is per annotated token, and no reward pays for it
+    if config.trainer.type == "token_likelihood" or config.holds_beta:
+        return  # beta is per annotated token, or weighs preferences: no reward pays for it
     if config.kl.target is not None:
         yield f"KL guidance: beta adapts; aim for kl.target = {config.kl.target:g} nats a sequence"
         return

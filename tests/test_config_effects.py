@@ -899,6 +899,14 @@ def test_the_offset_is_a_value_head_of_the_prompt_or_the_state_or_nothing(tiny_c
         assert lane.trainer._offset(out, torch.zeros(1, 3)).tolist() == [expected]
 
 
+@shows("trainer.dpo.type")
+def test_dpo_trains_on_pairs_and_holds_beta(run):
+    rows = {beta: metrics(run({"trainer.type": "dpo", "kl.beta": beta}))[1] for beta in (0.1, 1.0)}
+    assert [row["loss/preference"] for row in rows.values()] == pytest.approx([math.log(2)] * 2)  # at the reference
+    assert rows[1.0]["policy/grad_norm"] == pytest.approx(10 * rows[0.1]["policy/grad_norm"], rel=1e-4)
+    assert rows[1.0]["policy/grad_norm"] > 0
+
+
 def test_every_key_has_a_test_and_every_tested_key_exists():
     existing = set(keys(Config))
     assert existing - SHOWN == set(), "these keys have no test of their effect"

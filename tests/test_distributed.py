@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import Tree, metrics
+from conftest import Tree, metrics, varied
 from ranks import gradients
 from safetensors.torch import load_file
 
@@ -29,6 +29,11 @@ def torchrun(processes: int, *arguments: str) -> str:
     return done.stdout
 
 
+def of_one_prompt(prompts: list[str], completions: list[str]) -> list[float]:
+    """Differs between the samples of one prompt alone, so that all others tie."""
+    return [x * (prompt == "Line 1:") for prompt, x in zip(prompts, varied(prompts, completions), strict=True)]
+
+
 OBJECTIVES: dict[str, Tree] = {
     "leave_one_out": {},
     "batch_statistics": {
@@ -45,6 +50,12 @@ OBJECTIVES: dict[str, Tree] = {
     "ppo": {
         "trainer": {"type": "ppo", "epochs": 1, "minibatches": 3},
         "credit": {"advantage": "gae", "baseline": "value"},
+    },
+    "dpo": {"trainer": {"type": "dpo"}, "rollout": {"samples_per_prompt": 4}},
+    "dpo_with_pairs_on_one_process_alone": {
+        "trainer": {"type": "dpo"},
+        "rewards": {"varied": {"type": "function", "path": "test_distributed:of_one_prompt"}},
+        "rollout": {"samples_per_prompt": 6},
     },
     "lora": {"model": {"lora": {"rank": 2, "alpha": 4}}},
 }

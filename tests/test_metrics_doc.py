@@ -25,6 +25,7 @@ RUNS: dict[str, Tree] = {
         "credit": {"horizon": 1},
         "kl": {"placement": "loss", "estimator": "exact"},
     },
+    "dpo": {"trainer": {"type": "dpo"}},
     "beta 0": {"kl": {"beta": 0}},
     "adaptive beta": {"kl": {"target": 1.0}},
     "whitening": {"credit": {"whiten_rewards": True, "whiten_advantages": True, "centre_rewards": True}},

@@ -58,7 +58,7 @@ def test_at_ratio_one_its_expected_gradient_is_the_exact_one() -> None:
 
 
 def test_the_clip_does_not_bound_kl() -> None:
-    """One state, four actions, exact expectations: the clip binds again and again, and KL still goes to -log pi0(y*)."""
+    """One state, four actions, exact expectations: the clip binds time and again, and KL still goes to -log pi0(y*)."""
     start = torch.tensor([2.0, 1.0, 0.0, -2.0], dtype=torch.float64)
     ref, logits, adv = start.log_softmax(-1), start.clone().requires_grad_(), row(0.0, 0.0, 0.0, 1.0)
     bound: list[bool] = []

@@ -16,6 +16,7 @@ from rlkl.config.objective import (
     REFUSED,
     AnnotationsSource,
     CreditConfig,
+    DPOTrainer,
     FunctionSource,
     KLConfig,
     PPOTrainer,
@@ -143,6 +144,10 @@ class Config(Section):
             self._check_ppo(self.trainer)
         if self.trainer.type == "token_likelihood":
             self._check_likelihood(self.trainer)
+        if self.trainer.type == "dpo":
+            self._check_dpo()
+        if self.holds_beta:
+            self._check_held_beta()
         if self.data.type == "facts" and self.model.type == "tiny":
             raise ValueError("model.type=tiny with data.type=facts: facts has a base model; use model.type=facts")
         return self
@@ -154,23 +159,58 @@ class Config(Section):
             return self.trainer.learned_offset
         return self.credit.needs_value
 
-    def _check_likelihood(self, trainer: TokenLikelihoodTrainer) -> None:
-        """Likelihood has windows, but no returns: refuse what would be ignored, and KL where it means nothing."""
+    @property
+    def holds_beta(self) -> bool:
+        """Whether the loss holds ``kl.beta`` itself, so that a further KL penalty is refused."""
+        if self.trainer.type == "token_likelihood":
+            return self.trainer.loss in self.trainer.holding_beta
+        return self.trainer.type == "dpo"
+
+    def _check_held_beta(self) -> None:
+        kl = self.kl
+        if kl.placement == "loss" or kl.beta == 0 or kl.target is not None or kl.window is not None:
+            what = (
+                f"trainer.loss={self.trainer.loss}" if self.trainer.type == "token_likelihood" else "trainer.type=dpo"
+            )
+            raise ValueError(
+                f"kl with {what}: this loss holds kl.beta itself, above 0 and fixed; "
+                "a further KL is refused: leave placement, estimator, window and target out"
+            )
+
+    def _check_credit(self, read: set[str], why: str) -> None:
+        """Refuse keys of credit that this trainer does not read."""
         usual = CreditConfig()
-        read = {"horizon", "gamma", "ema_decay", "lambda_"}
         for name in CreditConfig.model_fields.keys() - read:
             if getattr(self.credit, name) != getattr(usual, name):
+                key = CreditConfig.model_fields[name].alias or name
                 raise ValueError(
-                    f"credit.{name}={getattr(self.credit, name)} with trainer.type=token_likelihood: it weighs tokens "
-                    "by the sum over their window, without baseline or advantage; drop the key"
+                    f"credit.{key}={getattr(self.credit, name)} with trainer.type={self.trainer.type}: {why}; "
+                    "drop the key"
                 )
-        if trainer.loss in trainer.holding_beta:
-            if self.kl.placement == "loss" or self.kl.beta == 0 or self.kl.target is not None:
-                raise ValueError(
-                    f"kl with trainer.loss={trainer.loss}: this loss holds kl.beta itself, above 0 and fixed; "
-                    "a further KL is refused: leave placement, estimator and target out"
-                )
-        elif self.kl.beta > 0 and self.kl.estimator not in ("exact", "exact_local", "exact_forward"):
+
+    def _check_dpo(self) -> None:
+        """Pairs must come out even, and there are no returns."""
+        samples, rows = self.rollout.samples_per_prompt, self.train.micro_batch
+        if samples % 2:
+            raise ValueError(
+                f"rollout.samples_per_prompt={samples} with trainer.type=dpo: samples are compared two by two; "
+                "use an even number"
+            )
+        if rows % 2:
+            raise ValueError(
+                f"train.micro_batch={rows} with trainer.type=dpo: a pair stays together; use an even number"
+            )
+        self._check_credit(set(), "preferences are of whole completions, without returns or baseline")
+
+    def _check_likelihood(self, trainer: TokenLikelihoodTrainer) -> None:
+        """Likelihood has windows, but no returns: refuse what would be ignored, and KL where it means nothing."""
+        self._check_credit(
+            {"horizon", "gamma", "ema_decay", "lambda_"},
+            "it weighs tokens by the sum over their window, without baseline or advantage",
+        )
+        if self.holds_beta:
+            return
+        if self.kl.beta > 0 and self.kl.estimator not in ("exact", "exact_local", "exact_forward"):
             raise ValueError(
                 f"kl.estimator={self.kl.estimator} with trainer.type=token_likelihood: there is no return to put it "
                 "in; use kl.placement=loss with exact, exact_local or (signed) exact_forward, or kl.beta=0"
@@ -210,6 +250,7 @@ __all__ = [
     "AnnotationsSource",
     "Config",
     "CreditConfig",
+    "DPOTrainer",
     "Data",
     "DatasetsData",
     "EvaluateConfig",

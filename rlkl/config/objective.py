@@ -131,6 +131,15 @@ class TokenLikelihoodTrainer(Section):
         return self.loss in ("binary", "regression") and self.offset != "none"
 
 
+class DPOTrainer(Section):
+    """DPO on preference pairs: of each two samples of a prompt, the one with the higher reward is preferred.
+
+    ``kl.beta`` is the loss's own beta. ``rollout.samples_per_prompt`` must be even, and so must ``train.micro_batch``.
+    """
+
+    type: Literal["dpo"]
+
+
 class CreditConfig(Section):
     """How token rewards become advantages (rlkl/credit.py)."""
 
@@ -230,4 +239,6 @@ class KLConfig(Section):
 
 
 Source = Annotated[FunctionSource | AnnotationsSource, Field(discriminator="type")]
-TrainerConfig = Annotated[ReinforceTrainer | PPOTrainer | TokenLikelihoodTrainer, Field(discriminator="type")]
+TrainerConfig = Annotated[
+    ReinforceTrainer | PPOTrainer | TokenLikelihoodTrainer | DPOTrainer, Field(discriminator="type")
+]

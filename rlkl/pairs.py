@@ -1,0 +1,59 @@
+r"""Preference pairs: two completions of a prompt, one preferred.
+
+``pair_B`` of a rollout says who is in which: ``2k`` is the chosen completion of pair k, ``2k+1`` the rejected one, -1
+is in no pair; numbers are global over processes, and both halves of a pair are on the same process.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rlkl.reduce import global_sum
+from rlkl.types import Batch, PolicyOutput, Rollout, TokenRewards
+
+
+def ranked(rollout: Rollout, rewards: TokenRewards) -> Rollout:
+    """Samples 2i and 2i+1 as pair i, the one with the higher total reward chosen; ties are in no pair.
+
+    Rewards decide without noise, so the fixed point that DPO has under Bradley-Terry preferences
+    (pi0 exp(r/beta), normalised) does not hold here: margins may grow for ever.
+    """
+    order_B = rollout.sample_id_B.argsort()
+    ids_P2 = rollout.sample_id_B[order_B].view(-1, 2)
+    assert bool((ids_P2[:, 1] == ids_P2[:, 0] + 1).all() and (ids_P2[:, 0] % 2 == 0).all()), "half a pair is elsewhere"
+    score_P2 = rewards.value_BT.sum(-1)[order_B].view(-1, 2)
+    second_P = (score_P2[:, 1] > score_P2[:, 0]).long()
+    pair_P2 = torch.stack([ids_P2[:, 0] + second_P, ids_P2[:, 0] + 1 - second_P], 1)
+    pair_P2 = pair_P2.where(score_P2[:, :1] != score_P2[:, 1:], -1)
+    return replace(rollout, pair_B=torch.empty_like(rollout.sample_id_B).scatter(0, order_B, pair_P2.flatten()))
+
+
+def assign(rollout: Rollout, out: PolicyOutput) -> Batch:
+    """The batch that a preference loss reads: a token weighs 1 / (pairs of the global batch), 0 where in no pair.
+
+    There are no advantages. ``out`` is the policy before the update.
+    """
+    pair_B, mask_BT = rollout.get("pair_B"), rollout.policy_mask_BT
+    logp_BT = out.get("logp_BT").detach()
+    paired_BT = mask_BT & (pair_B >= 0)[:, None]
+    pairs, tokens = global_sum(torch.stack([(pair_B >= 0).sum() / 2, mask_BT.sum().float()]).to(logp_BT.dtype))
+    return Batch(
+        adv_BT=torch.zeros_like(logp_BT),
+        return_BT=torch.zeros_like(logp_BT),
+        mask_BT=mask_BT,
+        weight_BT=paired_BT.to(logp_BT.dtype) / pairs.clamp(min=1),
+        tokens=tokens,
+        group_B=rollout.group_B,
+        behaviour_logp_BT=logp_BT,
+        pair_B=pair_B,
+    )
+
+
+def adjacent(pair_B: Tensor) -> tuple[Tensor, float]:
+    """Rows of all pairs, chosen and rejected in turn, and what their weights are multiplied by.
+
+    Without any pair: one row twice, of weight 0, so that gradients of processes can meet.
+    """
+    rows = pair_B.argsort()[int((pair_B < 0).sum()) :].cpu()
+    return (rows, 1.0) if len(rows) else (torch.zeros(2, dtype=torch.long), 0.0)
