@@ -23,4 +23,10 @@ def build(configs: Mapping[str, Source]) -> WeightedSum:
     return WeightedSum({name: (REWARDS[c.type](name, c), c.weight) for name, c in configs.items()})
 
 
-__all__ = ["REWARDS", "WeightedSum", "build"]
+def judges(reward: WeightedSum) -> WeightedSum | None:
+    """The sources of a reward that can judge new samples, those that read stored spans left out; None without any."""
+    able = {name: pair for name, pair in reward.sources.items() if not getattr(pair[0], "stored", False)}
+    return WeightedSum(able) if able else None
+
+
+__all__ = ["REWARDS", "WeightedSum", "build", "judges"]

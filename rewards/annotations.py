@@ -51,6 +51,19 @@ class AnnotationReward:
         weight_BT, marked_BT = self._add(rollout, whole=True, unmarked=self.config.unmarked)
         return replace(rollout, annotation_BT=weight_BT, annotated_BT=marked_BT)
 
+    @property
+    def stored(self) -> bool:
+        """Whether it reads spans stored with data, and can judge no new sample."""
+        return self.labeller is None
+
+    def judged(self, rollout: Rollout) -> list[list[Judged]]:
+        """For every completion, its spans with all tokens that each marks.
+
+        Raises:
+            RunError: as when called.
+        """
+        return self._stored(rollout, True) if self.stored else self._labelled(rollout, True)
+
     def probe(self, rollout: Rollout) -> None:
         """Check once that rewards are causal as configured; these calls are no queries.
 

@@ -13,6 +13,8 @@ from rlkl import settings
 from rlkl.config import Config, PretrainedModel, dump
 from rlkl.tracking import read_rows
 
+UNMARKED = "unmarked"  # as in rlkl.moved, which loads torch
+
 METHODS = {"reinforce": "REINFORCE", "ppo": "PPO", "token_likelihood": "token likelihood", "dpo": "DPO"}
 PAPERS = {
     "reinforce": "Williams (1992). Simple statistical gradient-following algorithms for connectionist reinforcement "
@@ -115,6 +117,8 @@ def _method(config: Config) -> str:
 def _feedback(config: Config) -> str:
     if not config.rewards:
         return "annotated tokens"
+    if config.offline:
+        return "stored completions with annotated spans"
     parts = [f"`{name}`" + (f" (weight {s.weight:g})" if s.weight != 1 else "") for name, s in config.rewards.items()]
     return f"the reward{'s' if len(parts) > 1 else ''} {', '.join(parts)}"
 
@@ -122,7 +126,17 @@ def _feedback(config: Config) -> str:
 def _results(config: Config, rows: list[dict[str, Any]]) -> Iterator[str]:
     evaluated = [row for row in rows if "kl/sequence" in row]
     first, last = evaluated[0], evaluated[-1]
-    names = [(f"reward/eval/{name}", f"reward `{name}`") for name in config.rewards]
+    names = [(key, f"reward `{name}`") for name in config.rewards if (key := f"reward/eval/{name}") in last]
+    for kind, what in (("logp", "log p"), ("change", "change of log p")):
+        labels = [key.split("/", 2)[2] for key in last if key.startswith(f"annotated/{kind}/")]
+        names += [
+            (
+                f"annotated/{kind}/{label}",
+                f"{what}, tokens marked `{label}`" if label != UNMARKED else f"{what}, unmarked tokens",
+            )
+            for label in labels
+            if not label.endswith("_stderr")
+        ]
     names += [("kl/sequence", "KL to the reference, nats a sequence"), ("kl/token", "KL, nats a token")]
     names += [("policy/eval/entropy", "entropy, nats a token"), ("policy/eval/length", "length, tokens")]
     names += [("policy/eval/distinct_2", "distinct bigrams, share")]
@@ -136,6 +150,8 @@ def _results(config: Config, rows: list[dict[str, Any]]) -> Iterator[str]:
         f"standard error over prompts, before the first and after step {last['step']}. The KL is exact at every token "
         "and summed along the model's own samples.\n"
     )
+    if any(key.startswith("annotated/") for key in last):
+        yield "Log-probs of annotated completions: means over tokens, in nats, ± one standard error over completions.\n"
 
 
 def _value(row: dict[str, Any], key: str) -> str:
@@ -154,7 +170,8 @@ def _details(config: Config, rows: list[dict[str, Any]]) -> Iterator[str]:
     horizon = "the whole episode" if config.credit.horizon is None else f"{config.credit.horizon} tokens"
     data = getattr(config.data, "path", None)
     yield "## Method\n"
-    yield f"- objective: {_method(config)}; reward window {horizon}, baseline {config.credit.baseline}"
+    baseline = "" if config.trainer.type == "token_likelihood" else f", baseline {config.credit.baseline}"
+    yield f"- objective: {_method(config)}; reward window {horizon}{baseline}"
     yield f"- rewards: {', '.join(f'`{name}` = `{s.origin}`' for name, s in config.rewards.items())}"
     if config.holds_beta:
         yield f"- KL: {beta}, held by the loss itself"
@@ -162,7 +179,8 @@ def _details(config: Config, rows: list[dict[str, Any]]) -> Iterator[str]:
         yield f"- KL: {beta}; {kl.estimator} in the {kl.placement}{window}; its gradient: {_rule(config)}"
     yield f"- reference: {'the base model itself' if config.model.reference == 'initial' else 'another model'}"
     yield f"- data: {config.data.type}" + (f", `{_public(data)}`" if data else "")
-    yield f"- {config.train.steps} steps of at most {r.prompts} prompts × {r.samples_per_prompt} completions"
+    drawn = f"prompts × {r.samples_per_prompt} completions"
+    yield f"- {config.train.steps} steps of at most {r.prompts} {'stored completions' if config.offline else drawn}"
     if last.get("tokens/generated"):
         yield (
             f"- sampling: at most {r.max_new_tokens} tokens at temperature {r.temperature:g}; "

@@ -31,7 +31,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     policy: Policy,
-    reward: Callable[[Rollout], TokenRewards],
+    reward: Callable[[Rollout], TokenRewards] | None,
     prompts: Prompts,
     *,
     samples_per_prompt: int,
@@ -45,6 +45,7 @@ def evaluate(
 
     ``kl/sequence`` is the mean over prompts of the sum of exact token KLs along the policy's own samples, nats a
     sequence: unbiased for the sequence KL and of far lower variance than k1. Standard errors are over prompts.
+    Without a ``reward`` there is nothing of rewards in the result.
     """
     rollout = sample(
         policy,
@@ -60,7 +61,7 @@ def evaluate(
     )
     parts = [policy(rollout.rows(i), {"kl", "entropy"}) for i in chunks(len(rollout), micro_batch)]
     kl_BT, entropy_BT = join(parts, "kl_BT"), join(parts, "entropy_BT")
-    rewards = reward(rollout)
+    rewards = reward(rollout) if reward else TokenRewards(torch.zeros_like(kl_BT), torch.zeros_like(kl_BT).bool())
     sums = [rollout.length_B.sum(), kl_BT.sum(), entropy_BT.sum(), (rollout.end_B != End.LIMIT).sum()]
     counts = [rollout.length_B.new_tensor(len(rollout)), rollout.length_B.new_tensor(rewards.queries)]
     tokens, kl, entropy, terminated, sequences, queries = global_sum(

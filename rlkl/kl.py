@@ -19,8 +19,8 @@ from rlkl.losses import sequence_mean
 from rlkl.reduce import global_sum
 from rlkl.types import Batch, Metrics, Need, PolicyOutput, Rollout
 
-OFFLINE = ("exact", "exact_local", "exact_forward")
-"""Estimators that mean something on tokens which the policy did not draw."""
+OFFLINE = ("exact_local", "exact_forward")
+"""Estimators that mean something on tokens which the policy did not draw; the score term of ``exact`` does not."""
 
 
 def log_ratio(logp: Float[Tensor, "B T"], ref_logp: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -65,14 +65,15 @@ def needs(cfg: KLConfig) -> set[Need]:
 
 
 def check_origin(cfg: KLConfig, origin: Literal["policy", "reference", "data"]) -> None:
-    """Refuse sampled estimators on tokens that the policy did not draw.
+    """Refuse estimators that need the policy's own samples on tokens that it did not draw.
 
     Raises:
-        ValueError: ``k1``, ``k2`` or ``k3`` in any form on ``origin != "policy"``.
+        ValueError: ``k1``, ``k2`` or ``k3`` in any form, or ``exact``, on ``origin != "policy"``.
     """
     if origin != "policy" and cfg.estimator not in OFFLINE and (cfg.beta > 0 or cfg.target is not None):
+        what = "its score term is wrong" if cfg.estimator == "exact" else "estimates nothing"
         raise ValueError(
-            f"kl.estimator={cfg.estimator}: estimates nothing on tokens that the policy did not draw "
+            f"kl.estimator={cfg.estimator}: {what} on tokens that the policy did not draw "
             f"(origin={origin}); use kl.placement=loss with one of {', '.join(OFFLINE)}"
         )
 

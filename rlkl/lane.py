@@ -10,9 +10,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from rlkl import models, pairs, recording, rewards, tracking
+from rlkl import models, moved, pairs, recording, rewards, tracking
 from rlkl.config import Config
+from rlkl.data import stored
 from rlkl.data.prompts import PromptSet, records
+from rlkl.data.stored import Stored
 from rlkl.policy import Policy
 from rlkl.rewards import WeightedSum
 from rlkl.sampling import ALTERNATIVES, EVALUATE, MINIBATCHES, TRAIN, Prompts, permutation, sample, uniforms
@@ -22,13 +24,18 @@ from rlkl.types import Need, Rollout, Trainer
 
 @dataclass
 class Lane:
-    """All the state of one run."""
+    """All the state of one run.
+
+    ``judge`` are the sources that can judge new samples; ``marked`` is the fixed set on which the run measures what
+    annotations moved.
+    """
 
     config: Config
     policy: Policy
     tokenizer: Any
     trainer: Trainer
     reward: WeightedSum
+    judge: WeightedSum | None
     train_prompts: PromptSet
     held_out: Prompts
     eos_ids: list[int]
@@ -41,11 +48,16 @@ class Lane:
     rank: int = 0
     ranks: int = 1
     signature: recording.Signature | None = None
+    stored: Stored | None = None
+    marked: moved.Marked | None = None
 
     def place(self, accelerator: Accelerator) -> None:
         """Move to the accelerator's device. ``forward`` is the prepared policy, the only one to be called."""
         self.forward, self.optimiser = accelerator.prepare(self.policy, self.optimiser)
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
+        if self.stored is not None:
+            held = recording.share(self.stored.held, self.rank, self.ranks)
+            self.marked = moved.stored(held.to(accelerator.device))
 
     def minibatches(self, rollout: Rollout, step: int, epoch: int) -> Iterator[tuple[Tensor, float]]:
         """Rows of this process in each update of a pass, and what their weights are multiplied by.
@@ -59,7 +71,7 @@ class Lane:
             yield (torch.arange(len(rollout)), 1.0) if rollout.pair_B is None else pairs.adjacent(rollout.pair_B)
             return
         rollouts = self.config.rollout
-        total = rollouts.prompts * rollouts.samples_per_prompt
+        total = rollouts.prompts * self.config.samples
         place = torch.tensor(permutation(self.config.seed, MINIBATCHES + epoch, step, total))
         place_B = place.to(rollout.sample_id_B.device)[rollout.sample_id_B]
         for k in range(count):
@@ -90,6 +102,9 @@ def build(config: Config) -> Lane:
         for rows in (train_rows, held_rows)
     )
     train_prompts = replace(train_prompts, dropped=train_prompts.dropped + held.dropped)
+    eos_ids = models.eos_ids(model, tokenizer)
+    completions = stored.build(config, train_prompts, held, eos_ids) if config.offline else None
+    held = stored.asked(held) if config.offline else held
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(
@@ -107,21 +122,27 @@ def build(config: Config) -> Lane:
         tokenizer=tokenizer,
         trainer=TRAINERS[config.trainer.type](config),
         reward=reward,
+        judge=rewards.judges(reward) if config.offline else reward,
         train_prompts=train_prompts,
         held_out=held.take(range(min(config.evaluate.prompts, len(held.ids)))),
-        eos_ids=models.eos_ids(model, tokenizer),
+        eos_ids=eos_ids,
         optimiser=torch.optim.AdamW(trained, lr=o.learning_rate, weight_decay=o.weight_decay, betas=o.betas),
         beta=config.kl.beta,
         signature=recording.check(config, train_prompts),
+        stored=completions,
     )
-    reward.probe(draw(lane, lane.held_out.first(4), step=0, stream=EVALUATE))
+    if lane.judge is not None:
+        lane.judge.probe(draw(lane, lane.held_out.first(4), step=0, stream=EVALUATE))
     return lane
 
 
 def collect(lane: Lane, step: int) -> Rollout:
-    """The training samples of a step, of this process: sampled, and recorded if asked; or replayed."""
+    """The training samples of a step, of this process: sampled, and recorded if asked; or stored; or replayed."""
     config, device = lane.config, next(lane.policy.parameters()).device
-    if config.rollout.replay is not None:
+    if lane.stored is not None:
+        whole = lane.stored.batch(step, config.rollout.prompts)
+        rollout = recording.share(whole, lane.rank, lane.ranks).to(device)
+    elif config.rollout.replay is not None:
         whole = recording.load(Path(config.rollout.replay), step, lane.signature, lane.tokenizer)
         rollout = recording.share(whole, lane.rank, lane.ranks).to(device)
     else:

@@ -18,6 +18,7 @@ from rlkl import RunError, artefacts, card, credit, dashboards, kl, launch, pair
 from rlkl.config import Config, KLConfig, OptimiserConfig
 from rlkl.evaluate import Evaluation, chunks, evaluate, join, sample_rows
 from rlkl.lane import Lane, build, collect
+from rlkl.moved import labelled, measure
 from rlkl.reduce import finish, global_sum, masked_mean, masked_std, merge
 from rlkl.screen import Screen
 from rlkl.types import Batch, End, Metrics, PolicyOutput, Rollout, TokenRewards, Trainer
@@ -95,7 +96,7 @@ def advance(lane: Lane, tracker: tracking.Tracker, step: int, accelerator: Accel
 
 def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, float]:
     """One step; the flow of the whole project, top to bottom."""
-    config, clock = lane.config, Stopwatch()
+    config, clock = lane.config, tracking.Stopwatch()
     rollout = collect(lane, step)
     clock.lap("sample")
     try:
@@ -106,26 +107,27 @@ def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, flo
         rollout = pairs.ranked(rollout, rewards)
     clock.lap("reward")
     scored = score(lane, rollout)
-    penalty = kl.measured(rollout, scored)
     batch = assign(lane, rollout, rewards, scored)
     clock.lap("score")
     metrics = update(lane, rollout, batch, step, accelerator)
     clock.lap("update")
     counts = torch.tensor([float(rollout.length_B.sum()), float(rewards.queries)], dtype=torch.float64)
     generated, queries = global_sum(counts.to(rollout.tokens_BT.device)).tolist()
-    lane.generated += int(generated)
+    lane.generated += 0 if config.offline else int(generated)
     lane.queries += int(queries)
+    used = 0 if lane.stored is None else lane.stored.used(step, config.rollout.prompts)
     values = {
         **finish(metrics),
         **step_metrics(rollout, rewards, batch, scored),
-        "kl/penalty": penalty,
         "kl/beta": lane.beta,
         "tokens/generated": float(lane.generated),
-        "reward/queries": float(lane.queries),
+        "reward/queries": float(lane.queries + used),
         **clock.metrics(),
     }
+    if not config.offline:  # on tokens of others log-ratios estimate no KL
+        values["kl/penalty"] = kl.measured(rollout, scored)
     if config.kl.target is not None:
-        lane.beta = kl.adapt(lane.beta, penalty, config.kl.target)
+        lane.beta = kl.adapt(lane.beta, values["kl/penalty"], config.kl.target)
     return values
 
 
@@ -134,9 +136,10 @@ def assign(lane: Lane, rollout: Rollout, rewards: TokenRewards, scored: PolicyOu
     config = lane.config
     if config.trainer.type == "dpo":
         return pairs.assign(rollout, scored)
+    if config.trainer.type != "token_likelihood" or kl.needs(config.kl):  # else the loss holds beta, or there is none
+        kl.check_origin(config.kl, rollout.origin)
     if config.trainer.type == "token_likelihood":
         return credit.likelihood(lane.reward.annotate(rollout), rewards, scored, config.credit)
-    kl.check_origin(config.kl, rollout.origin)
     batch, lane.ema = credit.assign(rollout, rewards, scored, config.credit, config.kl, lane.beta, lane.ema)
     return batch
 
@@ -220,18 +223,18 @@ def step_metrics(rollout: Rollout, rewards: TokenRewards, batch: Batch, scored: 
     """Rewards, lengths, advantages, and how far sampling and scoring disagree about the same tokens."""
     mask_BT = batch.mask_BT
     everyone = torch.ones(len(rollout), dtype=torch.bool, device=mask_BT.device)
-    assert rollout.behaviour_logp_BT is not None
-    gap_BT = (rollout.behaviour_logp_BT - scored.get("logp_BT")).abs()
     values = {
         "reward/train/total": masked_mean(rewards.value_BT.sum(-1), everyone),
         "policy/length": masked_mean(rollout.length_B.float(), everyone),
         "policy/terminated": masked_mean((rollout.end_B != End.LIMIT).float(), everyone),
-        "policy/sampling_gap": masked_mean(gap_BT, mask_BT),
         "credit/advantage_std": masked_std(batch.adv_BT, mask_BT),
         "credit/return": masked_mean(batch.return_BT, mask_BT),
     }
     if batch.pair_B is not None:
         values["preference/tied"] = masked_mean((batch.pair_B < 0).float(), everyone)
+    if rollout.behaviour_logp_BT is not None:
+        gap_BT = (rollout.behaviour_logp_BT - scored.get("logp_BT")).abs()
+        values["policy/sampling_gap"] = masked_mean(gap_BT, mask_BT)
     if batch.behaviour_value_BT is not None:
         residual = masked_std(batch.return_BT - batch.behaviour_value_BT, mask_BT)
         spread = masked_std(batch.return_BT, mask_BT)
@@ -247,7 +250,7 @@ def assess(lane: Lane, tracker: tracking.Tracker, step: int, metrics: Mapping[st
     try:
         result = evaluate(
             lane.forward,
-            lane.reward,
+            lane.judge,
             lane.held_out.part(lane.rank, lane.ranks),
             samples_per_prompt=config.evaluate.samples_per_prompt,
             max_new_tokens=config.rollout.max_new_tokens,
@@ -256,8 +259,13 @@ def assess(lane: Lane, tracker: tracking.Tracker, step: int, metrics: Mapping[st
             seed=config.seed,
             micro_batch=config.train.micro_batch,
         )
+        if step == 0 and lane.marked is None:
+            lane.marked = labelled(result.rollout, lane.reward.sources)
     except RunError as error:
         raise RunError(f"evaluation at step {step}: {error}") from error
+    if lane.marked is not None:
+        shifts = measure(lane.forward, lane.marked, config.train.micro_batch)
+        result = replace(result, metrics=result.metrics | shifts)
     took = {"time/evaluate": time.perf_counter() - started}
     tracker.metrics(step, {**(metrics or {}), **result.metrics, **took})
     rows = list(itertools.islice(sample_rows(result), config.log.samples))
@@ -279,20 +287,3 @@ def check_start(lane: Lane, result: Evaluation) -> None:
             f"KL to the reference is up to {largest:.3g} nats a token before the first step; "
             "the model's forward is not deterministic, or its weights changed"
         )
-
-
-class Stopwatch:
-    """Seconds of the stages of a step."""
-
-    def __init__(self) -> None:
-        self.started = self.last = time.perf_counter()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        """The time since the last lap belongs to ``name``."""
-        now = time.perf_counter()
-        self.laps[f"time/{name}"], self.last = now - self.last, now
-
-    def metrics(self) -> dict[str, float]:
-        """All laps and the whole step."""
-        return {**self.laps, "time/step": self.last - self.started}

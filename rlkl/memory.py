@@ -183,7 +183,7 @@ def _materialise(model: Any) -> list[Any]:
 
 def _stages(config: Config, model: Any, base: Any) -> dict[str, list[Part]]:
     text, train, rollout = base.config.get_text_config(), config.train, config.rollout
-    batch, evaluated = (x.prompts * x.samples_per_prompt for x in (rollout, config.evaluate))
+    batch, evaluated = rollout.prompts * config.samples, config.evaluate.prompts * config.evaluate.samples_per_prompt
     length, bf16 = _prompt(config, text) + rollout.max_new_tokens, train.mixed_precision == "bf16"
     rows = min(train.micro_batch, batch)
     kept = kept_for_backward(model, rows, length, bf16)
@@ -196,7 +196,7 @@ def _stages(config: Config, model: Any, base: Any) -> dict[str, list[Part]]:
     activations = Part("activations", kept, why)
     again = [activations, Part("one layer again", layer)] if train.gradient_checkpointing else []
     whole = "exact" in config.kl.estimator or getattr(config.trainer, "entropy_coef", 0) > 0
-    drawn = max(min(rollout.micro_batch, batch), min(4 * train.micro_batch, evaluated))
+    drawn = max(0 if config.offline else min(rollout.micro_batch, batch), min(4 * train.micro_batch, evaluated))
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     cache = 2 * drawn * length * text.num_hidden_layers * heads * size * (2 if bf16 else base.dtype.itemsize)

@@ -6,8 +6,8 @@
 import re
 from collections.abc import Iterator
 
-PLACES = {"<source>": r"(?!total$|queries$)[\w.-]+?(?<!_stderr)"}
-"""Variable parts of a key, and what may stand there: a source is a name under ``rewards:``."""
+PLACES = {"<source>": r"(?!total$|queries$)[\w.-]+?(?<!_stderr)", "<label>": r".+?(?<!_stderr)"}
+"""Variable parts of a key, and what may stand there: a source is a name under ``rewards:``, a label one of spans."""
 
 METRICS: dict[str, tuple[str, str]] = {
     "reward/train/total": (
@@ -20,8 +20,24 @@ METRICS: dict[str, tuple[str, str]] = {
         "the same on the held-out prompts; mean over prompts, at temperature 1",
     ),
     "reward/eval/<source>_stderr": ("reward a sequence", "its standard error over prompts; null for a single prompt"),
-    "reward/queries": ("calls", "scores asked so far in training, of all sources that weigh more than 0"),
+    "reward/queries": (
+        "calls",
+        "scores asked so far in training, of all sources that weigh more than 0; a stored completion counts once, when "
+        "it is first learned from: its labels were paid for once, however often it is seen",
+    ),
     "reward/eval/queries": ("calls", "scores asked in this evaluation, of all sources that weigh more than 0"),
+    "annotated/logp/<label>": (
+        "nats a token",
+        "log pi of the tokens that spans of this label mark, mean over tokens, on a fixed set of annotated "
+        "completions: the held-out records of stored data, or else the base model's own held-out samples, labelled "
+        "once (by every labeller of rewards:, those of weight 0 too; no training queries). `unmarked` are the tokens "
+        "in no span; a label of several sources is `<source>.<label>`",
+    ),
+    "annotated/logp/<label>_stderr": ("nats a token", "its standard error over completions (ratio estimator)"),
+    "annotated/change/<label>": ("nats a token", "the same mean of log pi - log pi0, token by token"),
+    "annotated/change/<label>_stderr": ("nats a token", "its standard error over completions"),
+    "annotated/moved/<label>": ("nats a token", "the same mean of |log pi - log pi0|"),
+    "annotated/moved/<label>_stderr": ("nats a token", "its standard error over completions"),
     "kl/sequence": (
         "nats a sequence",
         "canonical KL(pi||pi0): exact token KLs summed along the policy's own samples of the held-out prompts at "
@@ -32,7 +48,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "kl/penalty": (
         "nats a sequence",
         "log pi/pi0 of the training samples, summed over tokens, mean over the batch, at the training temperature and "
-        "before beta; noisy, can be negative; it steers an adaptive beta",
+        "before beta; noisy, can be negative; it steers an adaptive beta; not on stored completions, where it is no KL",
     ),
     "kl/beta": ("reward a nat", "the coefficient in force in this step"),
     "policy/length": ("tokens", "policy tokens of a training sample, mean"),
@@ -43,7 +59,8 @@ METRICS: dict[str, tuple[str, str]] = {
     ),
     "policy/sampling_gap": (
         "nats a token",
-        "mean absolute difference of the log-probs of sampling and of training for the same tokens; 0 up to rounding",
+        "mean absolute difference of the log-probs of sampling and of training for the same tokens, where "
+        "they were sampled; 0 up to rounding",
     ),
     "policy/grad_norm": ("1", "global norm of the gradient before it is clipped to optimiser.max_grad_norm"),
     "policy/learning_rate": ("1", "the optimiser's learning rate in this step"),
@@ -104,9 +121,9 @@ def page() -> Iterator[str]:
     yield ""
     yield (
         "A row of `metrics.jsonl` has `step` (0 = the model before training) and keys of this table; rows of evaluated "
-        "steps have `…/eval/…`, `kl/sequence` and `kl/token` too. A value that is not finite is `null` there and "
-        "missing in the dashboards. `<source>` is a name under `rewards:`. Everything is over the global batch, all "
-        "processes together; times are the main process's."
+        "steps have `…/eval/…`, `annotated/…`, `kl/sequence` and `kl/token` too. A value that is not finite is `null` "
+        "there and missing in the dashboards. `<source>` is a name under `rewards:`, `<label>` one of annotated spans. "
+        "Everything is over the global batch, all processes together; times are the main process's."
     )
     yield ""
     yield "| key | unit | meaning |"

@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlkl import artefacts, models, rewards, settings
-from rlkl.config import Config
+from rlkl import artefacts, models, moved, rewards, settings
+from rlkl.config import Config, TableData
+from rlkl.data import stored
 from rlkl.data.prompts import PromptSet, records
 from rlkl.evaluate import evaluate
 from rlkl.policy import Policy
@@ -34,29 +35,38 @@ def read_config(run: str | Path) -> Config:
 
 
 def evaluate_run(run: str | Path, prompts: int | None, samples: int | None, seed: int | None) -> dict[str, float]:
-    """The metrics of :func:`rlkl.evaluate.evaluate` for a run's final model, on its own held-out prompts."""
+    """The metrics of :func:`rlkl.evaluate.evaluate` for a run's final model, on its own held-out prompts.
+
+    Where the run learned from stored completions, with what moved on the held-out ones.
+    """
     config, policy, tokenizer = open_run(run)
     held = _held_out(config, policy.model, tokenizer)
-    count = min(prompts or config.evaluate.prompts, len(held.ids))
-    return evaluate(
+    eos_ids, reward = models.eos_ids(policy.model, tokenizer), rewards.build(config.rewards)
+    asked = stored.asked(held) if config.offline else held
+    values = evaluate(
         policy,
-        rewards.build(config.rewards),
-        held.take(range(count)),
+        rewards.judges(reward) if config.offline else reward,
+        asked.take(range(min(prompts or config.evaluate.prompts, len(asked.ids)))),
         samples_per_prompt=samples or config.evaluate.samples_per_prompt,
         max_new_tokens=config.rollout.max_new_tokens,
-        eos_ids=models.eos_ids(policy.model, tokenizer),
+        eos_ids=eos_ids,
         stop=config.rollout.stop,
         seed=config.seed if seed is None else seed,
         micro_batch=config.train.micro_batch,
     ).metrics
+    if config.offline:
+        marked = moved.stored(stored.maker(config, tokenizer, eos_ids)(held.records))
+        values |= moved.measure(policy, marked, config.train.micro_batch)
+    return values
 
 
 def sample_run(run: str | Path, given: Sequence[str], prompts: int, samples: int, seed: int) -> Iterator[str]:
     """Completions of the given prompts, or of the run's first held-out ones, a printable block a prompt."""
     config, policy, tokenizer = open_run(run)
-    chat = config.data.type != "facts" and "messages" in config.data.columns
+    chat = bool(given) and _chats(config)
     asked = [{"messages": [{"role": "user", "content": t}]} if chat else {"prompt": t} for t in given]
     chosen = _held_out(config, policy.model, tokenizer, asked)
+    chosen = stored.asked(chosen) if config.offline and not given else chosen
     rollout = sample(
         policy,
         chosen.take(range(len(given) or min(prompts, len(chosen.ids)))),
@@ -85,3 +95,10 @@ def _held_out(config: Config, model: Any, tokenizer: Any, rows: Sequence[dict[st
         return PromptSet.tokenise(rows, tokenizer, config.seed, context, length)
     held = records(config.data, config.seed)[1]
     return PromptSet.tokenise(held, tokenizer, config.seed, context, length, config.data)
+
+
+def _chats(config: Config) -> bool:
+    """Whether the run's prompts are conversations."""
+    if isinstance(config.data, TableData):
+        return "messages" in config.data.columns
+    return config.offline and "messages" in records(config.data, config.seed)[0][0]

@@ -35,7 +35,12 @@ class Screen:
     def step(self, step: int, metrics: Mapping[str, float], every: int) -> None:
         """A step is done: the bar moves, or every ``every`` steps and at the end there is a line."""
         if self.progress:
-            shown = f"reward {metrics['reward/train/total']:.3f}  KL {metrics['kl/penalty']:.2f}"
+            keys = (
+                ("reward", "reward/train/total", ".3f"),
+                ("KL", "kl/penalty", ".2f"),
+                ("loss", "loss/likelihood", ".3f"),
+            )
+            shown = "  ".join(f"{label} {metrics[key]:{form}}" for label, key, form in keys if key in metrics)
             self.progress.update(self.progress.task_ids[0], completed=step, shown=shown)
         elif step % every == 0 or step == self.total:
             self.say(line(step, self.total, metrics))
@@ -46,6 +51,7 @@ def line(step: int, total: int, metrics: Mapping[str, float]) -> str:
     shown = [
         ("reward", "reward/train/total", "{:.3f}"),
         ("KL penalty", "kl/penalty", "{:.3f}"),
+        ("loss", "loss/likelihood", "{:.3f}"),
         ("beta", "kl/beta", "{:.3g}"),
         ("entropy", "policy/entropy", "{:.2f}"),
         ("grad", "policy/grad_norm", "{:.3f}"),

@@ -26,13 +26,14 @@ def penalty(config: Config) -> str:
 def arithmetic(config: Config, ranks: int = 1) -> list[str]:
     """Completions and tokens of a step and of the whole run, and what each of ``ranks`` processes does of them."""
     r, e = config.rollout, config.evaluate
-    batch = r.prompts * r.samples_per_prompt
+    batch = r.prompts * config.samples
     steps, piece = config.train.steps, config.train.micro_batch
-    share = -(-r.prompts // ranks) * r.samples_per_prompt
+    share = -(-r.prompts // ranks) * config.samples
     evaluations = 1 + steps // e.every + (steps % e.every > 0)
+    drawn = f"{r.prompts} prompts x {r.samples_per_prompt} samples = {batch} completions"
+    what = f"{r.prompts} stored completions" if config.offline else drawn
     return [
-        f"a step:      {r.prompts} prompts x {r.samples_per_prompt} samples = {batch} completions, "
-        f"at most {batch * r.max_new_tokens} tokens",
+        f"a step:      {what}, at most {batch * r.max_new_tokens} tokens",
         f"micro-batch: {-(-share // piece)} x at most {min(piece, share)} completions"
         + (f" on each of {ranks} processes" if ranks > 1 else ""),
         f"the run:     {steps} steps, {steps * batch} completions, at most {steps * batch * r.max_new_tokens} tokens",

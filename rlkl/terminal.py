@@ -19,12 +19,16 @@ from rlkl.launch import mismatch
 def notices(lane: Lane, accelerator: Accelerator) -> Iterator[str]:
     """What a user should know before the first step."""
     config, model = lane.config, lane.policy.model
+    held = f"{len(lane.held_out.ids)} held out"
+    if lane.stored is not None:
+        held = f"{len(lane.stored.held)} held out, evaluated on {len(lane.held_out.ids)} prompts"
     yield (
-        f"{config.name}: {config.trainer.type}, {len(lane.train_prompts.ids)} prompts "
-        f"({len(lane.held_out.ids)} held out), on {next(model.parameters()).device}"
+        f"{config.name}: {config.trainer.type}, {len(lane.train_prompts.ids)} "
+        f"{'prompts' if lane.stored is None else 'records'} ({held}), on {next(model.parameters()).device}"
     )
     yield from summary.arithmetic(config, accelerator.num_processes)
     yield lane.train_prompts.lengths()
+    yield from () if lane.stored is None else lane.stored.notes
     yield f"KL: beta {config.kl.beta:g}, {summary.penalty(config)}"
     if warning := mismatch(accelerator):
         yield warning
@@ -34,7 +38,8 @@ def notices(lane: Lane, accelerator: Accelerator) -> Iterator[str]:
         yield f"ignored from the generation config, for log-probs to mean what they say: {', '.join(ignored)}"
     if not lane.eos_ids and not config.rollout.stop:
         yield f"the model names no EOS: every completion runs to max_new_tokens={config.rollout.max_new_tokens}"
-    if config.credit.horizon is not None and (lane.eos_ids or config.rollout.stop) and not config.credit.centre_rewards:
+    returns = config.credit.horizon is not None and config.trainer.type != "token_likelihood"
+    if returns and (lane.eos_ids or config.rollout.stop) and not config.credit.centre_rewards:
         yield (
             f"warning: credit.horizon={config.credit.horizon} with an EOS action: a constant added to the reward "
             "changes the optimum, and J can fall below the base model's; set credit.centre_rewards=true"
@@ -49,9 +54,12 @@ def notices(lane: Lane, accelerator: Accelerator) -> Iterator[str]:
 
 
 def evaluation_line(step: int, metrics: Mapping[str, float]) -> str:
-    """An evaluation on one line: rewards with standard errors, canonical KL in nats."""
+    """An evaluation on one line: rewards and what annotations moved, with standard errors, and canonical KL; nats."""
     rewards = [k for k in metrics if k.startswith("reward/eval/") and f"{k}_stderr" in metrics]
     parts = [f"{k.removeprefix('reward/eval/')} {metrics[k]:.3f} ± {metrics[f'{k}_stderr']:.3f}" for k in rewards]
+    for key in (k for k in metrics if k.startswith("annotated/change/") and f"{k}_stderr" in metrics):
+        label = key.removeprefix("annotated/change/")
+        parts.append(f"Δlog p {label} {metrics[key]:+.3f} ± {metrics[f'{key}_stderr']:.3f}")
     kl = f"KL {metrics['kl/sequence']:.3f} ± {metrics['kl/sequence_stderr']:.3f} nats/sequence"
     return f"eval @ {step}: " + "  ".join([*parts, kl, f"length {metrics['policy/eval/length']:.1f}"])
 

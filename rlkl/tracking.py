@@ -8,6 +8,7 @@ import math
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,6 +164,23 @@ class Tracker:
         if self.main:
             with open(self.folder / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+class Stopwatch:
+    """Seconds of the stages of a step."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap belongs to ``name``."""
+        now = time.perf_counter()
+        self.laps[f"time/{name}"], self.last = now - self.last, now
+
+    def metrics(self) -> dict[str, float]:
+        """All laps and the whole step."""
+        return {**self.laps, "time/step": self.last - self.started}
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -283,6 +283,25 @@ def test_prompts_come_from_the_mapped_column_of_the_file(tiny_config):
     assert sorted(train + held) == ["Q0", "Q1", "Q2", "Q3"]
 
 
+@shows("data.annotated.type", "data.path")
+def test_annotated_data_are_learned_from_as_they_are_stored(run):
+    rows = [
+        {"id": str(i), "prompt": f"{i}:", "completion": "a b", "spans": [{"start": 0, "end": 1, "label": "x"}]}
+        for i in range(4)
+    ]
+    write_jsonl("stored.jsonl", rows)
+    offline = {
+        "data": {"type": "annotated", "path": "stored.jsonl", "held_out": 0.5},
+        "rewards": {"spans": {"type": "annotations", "weights": {"x": -1.0}}},
+        "trainer": {"type": "token_likelihood"},
+        "kl": {"placement": "loss", "estimator": "exact_local"},
+        "rollout": {"prompts": 2, "max_new_tokens": 6},
+    }
+    folder = run(offline)
+    assert series(folder, "tokens/generated") == [0, 0]
+    assert metrics(folder)[-1]["annotated/change/x"] < 0
+
+
 @shows("data.held_out")
 def test_a_share_or_a_file_is_held_out(tiny_config):
     for share, kept in ((0.25, 2), (0.5, 4), (0.01, 1), (0.99, 7)):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import Tree
+from conftest import Tree, write_jsonl
 from torch import Tensor
 
 import rlkl
@@ -26,6 +26,13 @@ RUNS: dict[str, Tree] = {
         "kl": {"placement": "loss", "estimator": "exact"},
     },
     "dpo": {"trainer": {"type": "dpo"}},
+    "stored completions": {
+        "data": {"type": "annotated", "path": "stored.jsonl", "held_out": 0.5},
+        "trainer": {"type": "token_likelihood"},
+        "rewards": {"spans": {"type": "annotations", "weights": {"not so good": -1.0}}},
+        "kl": {"placement": "loss", "estimator": "exact_local"},
+        "rollout": {"prompts": 2, "max_new_tokens": 6},
+    },
     "beta 0": {"kl": {"beta": 0}},
     "adaptive beta": {"kl": {"target": 1.0}},
     "whitening": {"credit": {"whiten_rewards": True, "whiten_advantages": True, "centre_rewards": True}},
@@ -39,6 +46,8 @@ def parity(rollout: Rollout) -> Tensor:
 
 
 def test_every_key_of_a_run_is_documented_once_and_every_documented_key_is_emitted(tiny_config):
+    span = {"start": 0, "end": 1, "label": "not so good"}
+    write_jsonl("stored.jsonl", [{"id": i, "prompt": i, "completion": "a b", "spans": [span]} for i in "abcd"])
     seen = set()
     for name, change in RUNS.items():
         folder = rlkl.train({**tiny_config, **change, "name": name.replace(" ", "-")})

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
+from rlkl.config import stored
 from rlkl.config.base import Positive, Section
-from rlkl.config.data import Data, DatasetsData, FactsData, JsonlData, TableData
+from rlkl.config.data import AnnotatedData, Data, DatasetsData, FactsData, JsonlData, SplitData, StoredData, TableData
 from rlkl.config.model import FactsModel, LoraConfig, Model, ModelSection, PretrainedModel, TinyModel
 from rlkl.config.objective import (
     GRADIENT,
@@ -125,7 +126,13 @@ class Config(Section):
         window = self.kl.resolved_window(self.credit.horizon)
         if self.credit.advantage == "gae" and self.kl.placement == "reward" and window != "full":
             raise ValueError(f"kl.window={window} with credit.advantage=gae: GAE has no window; use window=full")
-        if self.credit.baseline in ("leave_one_out", "group_norm") and self.rollout.samples_per_prompt < 2:
+        stored.check(self)
+        if (
+            self.credit.baseline in ("leave_one_out", "group_norm")
+            and self.rollout.samples_per_prompt < 2
+            and self.trainer.type != "token_likelihood"  # which has no baseline
+            and not self.offline
+        ):
             raise ValueError(
                 f"credit.baseline={self.credit.baseline} with rollout.samples_per_prompt=1: "
                 "it compares samples of a prompt; use 2 or more"
@@ -135,8 +142,7 @@ class Config(Section):
                 f"optimiser.warmup_steps={self.optimiser.warmup_steps} with train.steps={self.train.steps}: "
                 "the learning rate would never be reached; warm up for fewer steps"
             )
-        batch = self.rollout.prompts * self.rollout.samples_per_prompt
-        if self.credit.baseline == "batch_mean" and batch < 2:
+        if self.credit.baseline == "batch_mean" and self.rollout.prompts * self.samples < 2:
             raise ValueError("credit.baseline=batch_mean with 1 completion a step; sample 2 or more")
         if self.trainer.type in ("ppo", "reinforce"):
             self._check_valued(self.trainer)
@@ -151,6 +157,16 @@ class Config(Section):
         if self.data.type == "facts" and self.model.type == "tiny":
             raise ValueError("model.type=tiny with data.type=facts: facts has a base model; use model.type=facts")
         return self
+
+    @property
+    def offline(self) -> bool:
+        """Whether the run learns from stored completions; then nothing is sampled in training."""
+        return isinstance(self.data, StoredData)
+
+    @property
+    def samples(self) -> int:
+        """Completions of a prompt, or of a record, in a step."""
+        return 1 if self.offline else self.rollout.samples_per_prompt
 
     @property
     def needs_value(self) -> bool:
@@ -247,6 +263,7 @@ def dump(config: Config) -> dict[str, Any]:
 __all__ = [
     "GRADIENT",
     "REFUSED",
+    "AnnotatedData",
     "AnnotationsSource",
     "Config",
     "CreditConfig",
@@ -270,6 +287,8 @@ __all__ = [
     "RolloutConfig",
     "Section",
     "Source",
+    "SplitData",
+    "StoredData",
     "TableData",
     "TinyModel",
     "TokenLikelihoodTrainer",

@@ -1,6 +1,6 @@
 """The section ``data:`` of a configuration. Torch-free."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -13,18 +13,13 @@ class FactsData(Section):
     type: Literal["facts"]
 
 
-class TableData(Section):
-    """Records with a prompt or a conversation; their other columns reach the reward functions by name."""
+class SplitData(Section):
+    """Records that are split, and whose prompts must fit the context."""
 
-    columns: dict[Literal["prompt", "messages"], str] = Field(
-        default={"prompt": "prompt"},
-        description="prompt: column of texts, or messages: column of [{role, content}, ...], rendered with the "
-        "tokenizer's chat template; the reward functions then find the conversation in their column `messages`",
-    )
     held_out: float | str = Field(
         0.1,
         description="share of the distinct prompts kept for evaluation (equal prompts stay together), "
-        "or where other held-out records are: a second file (jsonl), another split (datasets)",
+        "or where other held-out records are: a second file (jsonl, annotated), another split (datasets)",
     )
     max_prompt_tokens: Positive | None = Field(
         None, description="longest prompt, tokens; null = what the context leaves beside rollout.max_new_tokens"
@@ -34,9 +29,23 @@ class TableData(Section):
     )
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_share(self) -> Self:
         if isinstance(self.held_out, float) and not 0 < self.held_out < 1:
             raise ValueError(f"held_out={self.held_out}: a share must lie between 0 and 1, or name a file or split")
+        return self
+
+
+class TableData(SplitData):
+    """Records with a prompt or a conversation; their other columns reach the reward functions by name."""
+
+    columns: dict[Literal["prompt", "messages"], str] = Field(
+        default={"prompt": "prompt"},
+        description="prompt: column of texts, or messages: column of [{role, content}, ...], rendered with the "
+        "tokenizer's chat template; the reward functions then find the conversation in their column `messages`",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         if len(self.columns) != 1:
             raise ValueError(f"columns={self.columns}: prompts are texts or conversations; map prompt or messages")
         return self
@@ -45,6 +54,14 @@ class TableData(Section):
     def column(self) -> tuple[str, str]:
         """The role, prompt or messages, and the column that plays it."""
         return next((role, name) for role, name in self.columns.items())
+
+
+class StoredData(SplitData):
+    """Records that hold completions, from which a run learns without sampling (rlkl/data/stored.py)."""
+
+    trainers: ClassVar[tuple[str, ...]]  # which may learn from them
+
+    path: str = Field(description="a .jsonl file, one object a line")
 
 
 class JsonlData(TableData):
@@ -64,4 +81,12 @@ class DatasetsData(TableData):
     data_files: str | list[str] | None = Field(None, description="files, where path is a format or a folder")
 
 
-Data = Annotated[FactsData | JsonlData | DatasetsData, Field(discriminator="type")]
+class AnnotatedData(StoredData):
+    """Stored completions with spans that somebody judged, as `rlkl data import` writes them."""
+
+    trainers = ("token_likelihood",)
+
+    type: Literal["annotated"]
+
+
+Data = Annotated[FactsData | JsonlData | DatasetsData | AnnotatedData, Field(discriminator="type")]

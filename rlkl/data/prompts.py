@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from rlkl.config.data import Data, FactsData, TableData
+from rlkl.config.data import Data, FactsData, SplitData
 from rlkl.data import sources
 from rlkl.data.sources import Record
 from rlkl.sampling import ORDER, SPLIT, Prompts, permutation
@@ -106,7 +106,7 @@ class PromptSet:
         if empty := [row["prompt"] for row, ids in pairs if not ids]:
             raise ValueError(f"data: prompt {empty[0][:40]!r} has 0 tokens; every prompt needs 1 or more")
         long = [(row["prompt"], len(ids)) for row, ids in pairs if limit is not None and len(ids) > limit]
-        drop = isinstance(config, TableData) and config.overlong == "drop"
+        drop = isinstance(config, SplitData) and config.overlong == "drop"
         if long and (len(long) == len(pairs) or not drop):
             text, size = long[0]
             raise ValueError(
@@ -129,10 +129,14 @@ class PromptSet:
         This is a function of the seed and the step alone, so a run that resumes needs no cursor. Every epoch visits
         every record once.
         """
+        return self.take(self.places(step, count))
+
+    def places(self, step: int, count: int) -> list[int]:
+        """Which records :meth:`batch` serves at a step."""
         total = len(self.ids)
-        places = [divmod(position, total) for position in range((step - 1) * count, step * count)]
-        orders = {epoch: permutation(self.seed, ORDER, epoch, total) for epoch in {epoch for epoch, _ in places}}
-        return self.take([orders[epoch][place] for epoch, place in places])
+        at = [divmod(position, total) for position in range((step - 1) * count, step * count)]
+        orders = {epoch: permutation(self.seed, ORDER, epoch, total) for epoch in {epoch for epoch, _ in at}}
+        return [orders[epoch][place] for epoch, place in at]
 
     def take(self, chosen: Sequence[int]) -> Prompts:
         """The prompts at these places, as groups 0, 1, ..."""
@@ -152,7 +156,7 @@ def _limit(context: int | None, max_new_tokens: int, config: Data | None) -> tup
     rest = f"context {context} - rollout.max_new_tokens {max_new_tokens}"
     if room is not None and room < 1:
         raise ValueError(f"data: {rest} leaves no token for a prompt; lower rollout.max_new_tokens")
-    asked = config.max_prompt_tokens if isinstance(config, TableData) else None
+    asked = config.max_prompt_tokens if isinstance(config, SplitData) else None
     if asked is None:
         return room, f"({rest}); shorten it or lower max_new_tokens"
     if room is not None and asked > room:

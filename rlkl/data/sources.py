@@ -4,16 +4,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlkl.config.data import DatasetsData, JsonlData, TableData
-from rlkl.data import files
+from rlkl.config.data import AnnotatedData, DatasetsData, JsonlData, TableData
+from rlkl.data import annotated, files
 
 Record = dict[str, Any]
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".txt": "text"}
 TAKEN = ("prompts", "completions")  # arguments of the reward functions
 
 
-def read(config: JsonlData | DatasetsData, held_out: str | None = None) -> list[Record]:
+def read(config: JsonlData | DatasetsData | AnnotatedData, held_out: str | None = None) -> list[Record]:
     """The records, each with its text under ``prompt``, or else its conversation under ``messages``.
+
+    Those of annotated data are as they stand in their file, with completion and spans.
 
     Args:
         held_out: the file or split to read in place of the configured one.
@@ -21,6 +23,8 @@ def read(config: JsonlData | DatasetsData, held_out: str | None = None) -> list[
     Raises:
         ValueError: the source cannot be read or is empty, or a record lacks its prompt.
     """
+    if isinstance(config, AnnotatedData):
+        return [annotated.row(record) for record in annotated.read(Path(held_out or config.path))]
     if isinstance(config, JsonlData):
         path, key = Path(held_out or config.path), "held_out" if held_out else "path"
         rows = files.lines(path, f"data.{key} names a .jsonl file, one JSON object a line")
