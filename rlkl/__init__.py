@@ -33,3 +33,23 @@ def train(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (),
     from rlkl.loop import train as run
 
     return run(config, overrides, overwrite=overwrite)
+
+
+def compare(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, overwrite: bool = False) -> Path:
+    """Train every arm of a comparison with every seed, side by side; the Python face of ``rlkl compare``.
+
+    Args:
+        config: a comparison's YAML file or mapping: base, arms, seeds.
+        overrides: ``key.sub=value`` strings, as on the command line.
+        overwrite: do all runs anew, finished ones too.
+
+    Returns:
+        The comparison's folder: compare.yaml, summary.json, frontier.png, and a folder a run.
+
+    Raises:
+        ValueError: a mistake in the configuration or a folder; nothing was started.
+        RunError: runs failed; the others are finished.
+    """
+    from rlkl.grid import compare as run
+
+    return run(config, overrides, overwrite=overwrite)

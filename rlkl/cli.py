@@ -48,6 +48,19 @@ def train(
 
 
 @app.command()
+def compare(
+    config: Annotated[str, typer.Argument(help="a YAML file with base, arms and seeds, see docs/compare.md")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
+    overwrite: Annotated[bool, typer.Option(help="do all its runs anew, finished ones too")] = False,
+    dry_run: Annotated[bool, typer.Option(help="print the runs and what differs between them")] = False,
+) -> None:
+    """Train every arm with every seed, and set them side by side; what is finished is kept."""
+    from rlkl.grid import compare as run
+
+    run(config, overrides or [], overwrite=overwrite, dry_run=dry_run)
+
+
+@app.command()
 def sample(
     run: Annotated[str, typer.Argument(help="the folder of a finished run")],
     prompt: Annotated[

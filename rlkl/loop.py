@@ -6,6 +6,7 @@ import math
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,15 @@ from rlkl.types import Batch, End, Metrics, PolicyOutput, Rollout, TokenRewards,
 
 
 def train(
-    source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = (), *, overwrite: bool = False
+    source: str | Path | Mapping[str, Any] | Config,
+    overrides: Sequence[str] = (),
+    *,
+    overwrite: bool = False,
+    screen: AbstractContextManager[Screen] | None = None,
 ) -> Path:
     """Train as the configuration says and return the run's folder.
+
+    ``screen`` takes the place of this terminal; it is entered once the folder is there.
 
     Raises:
         ValueError: a mistake in the configuration, data or folder; nothing was written.
@@ -47,8 +54,8 @@ def train(
             tracking.create_folder(folder, config)
         accelerator.wait_for_everyone()
         try:
-            with dashboards.opened(folder, config, main) as copies, Screen(main, config.train.steps) as screen:
-                run([lane], [tracking.Tracker(folder, main, screen, copies)], accelerator)
+            with screen or Screen(main, config.train.steps) as shown, dashboards.opened(folder, config, main) as copies:
+                run([lane], [tracking.Tracker(folder, main, shown, copies)], accelerator)
         except (Exception, SystemExit) as error:
             (folder / "error.txt").write_text(traceback.format_exc())
             said = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"

@@ -24,12 +24,12 @@ def load(config: Model, records: Sequence[dict[str, Any]], seed: int = 0) -> tup
     Raises:
         ValueError: a model cannot be loaded, or has no tokenizer; an adapter does not fit.
     """
-    path = _path(config, records)
-    model, tokenizer = from_folder(path, config.dtype)
+    folder = path(config, records)
+    model, tokenizer = from_folder(folder, config.dtype)
     if config.lora is not None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = add_adapter(model, config.lora, str(path))
+            model = add_adapter(model, config.lora, str(folder))
     reference = (
         None if config.reference == "initial" else from_folder(config.reference, config.dtype, "model.reference")[0]
     )
@@ -109,7 +109,8 @@ def add_adapter(model: Any, config: LoraConfig, path: str) -> Any:
         ) from None
 
 
-def _path(config: Model, records: Sequence[dict[str, Any]]) -> str | Path:
+def path(config: Model, records: Sequence[dict[str, Any]]) -> str | Path:
+    """Folder or Hub name of the model; an embedded one is trained first where the cache lacks it."""
     if isinstance(config, FactsModel):
         from rlkl.tasks import facts
 

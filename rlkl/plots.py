@@ -1,9 +1,13 @@
-"""Pictures of one run."""
+"""Pictures of one run, and of several side by side."""
 
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlkl.tracking import read_metrics
+
+MARKERS = "osD^vPX*"
 
 
 def curves(folder: Path) -> Path:
@@ -46,6 +50,53 @@ def _curves(rows: list[dict[str, Any]], prefix: str, suffix: str) -> dict[str, s
     """The keys with a standard error, and how each is called."""
     keys = [key for key in rows[0] if key.startswith(prefix) and f"{key}_stderr" in rows[0]]
     return {key: key.removeprefix(prefix) + suffix for key in keys}
+
+
+def frontier(
+    path: Path, arms: Mapping[str, Sequence[Sequence[tuple[float, float]]]], gold: str, match_kl: float | None = None
+) -> Path:
+    """Gold against KL on a square-root axis: a line a run through all its evaluations (KL, gold), a colour an arm."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    colours = plt.get_cmap("tab10" if len(arms) <= 10 else "turbo")
+    for k, (arm, runs) in enumerate(arms.items()):
+        colour = colours(k) if len(arms) <= 10 else colours(k / (len(arms) - 1))
+        for n, run in enumerate(runs):
+            kls, golds = [max(kl, 0.0) for kl, _ in run], [value for _, value in run]
+            style = {"color": colour, "marker": MARKERS[k % len(MARKERS)], "markersize": 4, "linewidth": 1.4}
+            axis.plot(kls, golds, label=arm if n == 0 else None, alpha=0.85, clip_on=False, **style)
+            axis.plot(kls[-1], golds[-1], **{**style, "markersize": 8})
+    if match_kl is not None:
+        axis.axvline(match_kl, color="0.5", linestyle="--", linewidth=1)
+        axis.text(match_kl, 0.01, f" {match_kl:g} nats", transform=axis.get_xaxis_transform(), color="0.3", fontsize=9)
+    axis.set_xscale("function", functions=(lambda x: x.clip(min=0) ** 0.5, lambda x: x**2))
+    most = max([kl for runs in arms.values() for run in runs for kl, _ in run] + [match_kl or 0.0]) or 1.0
+    axis.set_xlim(0, most * 1.05)
+    axis.set_xticks(_square_ticks(most))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel="KL to the reference, nats a sequence (square-root scale)", ylabel=f"{gold} (held out)")
+    axis.set_title("A line a run, a point an evaluation; the large one is the last", fontsize=10)
+    axis.legend(frameon=False, fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _square_ticks(most: float) -> list[float]:
+    """Round numbers of nats that stand about evenly on a square-root scale."""
+    unit = 10.0 ** math.floor(math.log10(most))
+    rounds = (0, 0.01, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 4, 6, 8, 10)
+    ticks: list[float] = []
+    for tick in (r * unit for r in rounds if r * unit <= most * 1.05):
+        if not ticks or math.sqrt(tick) - math.sqrt(ticks[-1]) > 0.07 * math.sqrt(most):
+            ticks.append(tick)
+    return ticks
 
 
 def _band(axis: Any, rows: list[dict[str, Any]], key: str, label: str) -> None:

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from rlkl.config import GRADIENT, REFUSED, Config
+from rlkl.config.compare import CompareConfig
 
 HEAD = """# Configuration
 
@@ -27,7 +28,13 @@ def page() -> str:
     top = [(name, field) for name, field in Config.model_fields.items() if not _sections(field.annotation)]
     nested = [(name, field) for name, field in Config.model_fields.items() if _sections(field.annotation)]
     return "\n".join(
-        [HEAD, *_table("", top), *(text for name, field in nested for text in _section(name, field)), *_kl()]
+        [
+            HEAD,
+            *_table("", top),
+            *(text for name, field in nested for text in _section(name, field)),
+            *_comparison(),
+            *_kl(),
+        ]
     )
 
 
@@ -98,6 +105,8 @@ def _kind(annotation: Any) -> str:
         return f"{len(args)} x {_kind(args[0])}"
     if origin is dict:
         return f"mapping {_kind(args[0])} → {_kind(args[1])}"
+    if annotation is Any:
+        return "anything"
     return {int: "integer", float: "number", str: "text", bool: "`true` \\| `false`"}[annotation]
 
 
@@ -160,6 +169,13 @@ def _tag(kind: type[BaseModel]) -> str | None:
 
 def _row(cells: Any) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def _comparison() -> Iterator[str]:
+    """The keys of another kind of file."""
+    yield "## A comparison\n"
+    yield "`rlkl compare CONFIG` reads a file of these keys ([compare.md](compare.md)); overrides apply to them.\n"
+    yield from _table("", list(CompareConfig.model_fields.items()))
 
 
 def _kl() -> Iterator[str]:

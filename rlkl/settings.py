@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -13,6 +13,8 @@ from yaml import YAMLError
 
 from rlkl.config import Config
 
+Checked = TypeVar("Checked", bound=BaseModel)
+
 
 def load(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
     """A configuration from a YAML file, a mapping or a ``Config``, with ``key.sub=value`` overrides.
@@ -20,25 +22,28 @@ def load(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[st
     Raises:
         ValueError: one line a mistake, each with the key, what is wrong and what to write instead.
     """
-    if not isinstance(source, (str, Path, Mapping, Config)):
-        raise ValueError(f"{source!r}: a configuration is the path of a YAML file or a mapping of sections")
     if isinstance(source, Config):
         source = source.model_dump(mode="json", by_alias=True)
-    tree = OmegaConf.create(dict(source)) if isinstance(source, Mapping) else _read(Path(source))
+    tree = read(source)
+    if "arms" in tree:
+        where = f"{source}: " if isinstance(source, (str, Path)) else ""
+        raise ValueError(f"{where}arms: this is a comparison of several runs, not a run; use rlkl compare")
     for override in overrides:
-        _apply(tree, override)
-    try:
-        return Config.model_validate(OmegaConf.to_container(tree, resolve=True))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
-    except ValidationError as error:
-        said: dict[str, list[str]] = {}  # a value that fits no kind of its union fails once for every kind
-        for key, what in map(_explain, error.errors()):
-            said.setdefault(key, []).append(what)
-        raise ValueError("\n".join(key + ", or ".join(whats) for key, whats in said.items())) from None
+        put(tree, *parse(override))
+    return check(resolve(tree), Config)
 
 
-def _read(path: Path) -> DictConfig:
+def read(source: str | Path | Mapping[str, Any]) -> DictConfig:
+    """A mapping, or what a YAML file holds, as a tree that overrides can be put into.
+
+    Raises:
+        ValueError: neither, or there is no such file, or it holds something else.
+    """
+    if isinstance(source, Mapping):
+        return OmegaConf.create(dict(source))
+    if not isinstance(source, (str, Path)):
+        raise ValueError(f"{source!r}: a configuration is the path of a YAML file or a mapping of sections")
+    path = Path(source)
     if not path.is_file():
         raise ValueError(f"{path}: no such configuration file; see configs/ for examples")
     try:
@@ -50,27 +55,67 @@ def _read(path: Path) -> DictConfig:
     return tree
 
 
-def _apply(tree: DictConfig, override: str) -> None:
+def parse(override: str) -> tuple[str, Any]:
+    """Key and value of ``key.sub=value``; the value is read as YAML.
+
+    Raises:
+        ValueError: it does not read so.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ValueError(f"{override}: an override reads key.sub=value, for example kl.beta=0.1")
     try:
-        value = OmegaConf.from_dotlist([f"value={text}"]).value
+        return key, OmegaConf.from_dotlist([f"value={text}"]).value
     except (YAMLError, OmegaConfBaseException):
-        value = text
+        return key, text
+
+
+def put(tree: DictConfig, key: str, value: Any) -> None:
+    """Set ``key.sub`` in a tree; a changed ``type`` drops the other keys of its section, which belonged to the old one.
+
+    Raises:
+        ValueError: the key leads through something that is no section.
+    """
     parent, _, leaf = key.rpartition(".")
     try:
         old = OmegaConf.select(tree, key)
         if leaf == "type" and old is not None and old != value:
-            OmegaConf.update(tree, parent, {}, merge=False)  # the other keys belonged to the old type
+            OmegaConf.update(tree, parent, {}, merge=False)
         OmegaConf.update(tree, key, value, merge=False, force_add=True)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{override}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{key}={value}: {str(error).splitlines()[0]}") from None
 
 
-def _explain(error: Any) -> tuple[str, str]:
+def resolve(tree: DictConfig) -> Any:
+    """A tree as plain data, its interpolations resolved.
+
+    Raises:
+        ValueError: an interpolation leads nowhere.
+    """
+    try:
+        return OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+
+
+def check(data: Any, model: type[Checked]) -> Checked:
+    """Plain data as the given model.
+
+    Raises:
+        ValueError: one line a mistake.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        said: dict[str, list[str]] = {}  # a value that fits no kind of its union fails once for every kind
+        for key, what in (_explain(one, model) for one in error.errors()):
+            said.setdefault(key, []).append(what)
+        raise ValueError("\n".join(key + ", or ".join(whats) for key, whats in said.items())) from None
+
+
+def _explain(error: Any, root: type[BaseModel]) -> tuple[str, str]:
     """One pydantic error as ``key: `` or ``key=value: ``, and what is wrong and to be done."""
-    where, models = _locate(error["loc"])
+    where, models = _locate(error["loc"], root)
     key = ".".join(where) or "configuration"
     kind, given = error["type"], error["input"]
     if kind == "extra_forbidden":
@@ -91,10 +136,10 @@ def _explain(error: Any) -> tuple[str, str]:
     return f"{key}={given!r}: ", message
 
 
-def _locate(loc: tuple[Any, ...]) -> tuple[list[str], list[type[BaseModel]]]:
+def _locate(loc: tuple[Any, ...], root: type[BaseModel]) -> tuple[list[str], list[type[BaseModel]]]:
     """The key path as written in YAML (without union tags) and the models that may hold its last part."""
     where: list[str] = []
-    model: Any = Config
+    model: Any = root
     for part in loc:
         tagged = [m for m in _members(model) if _tag(m) == part]
         if tagged and not _is_single(model):
@@ -114,7 +159,7 @@ def _locate(loc: tuple[Any, ...]) -> tuple[list[str], list[type[BaseModel]]]:
             model = inner[-1] if inner else model
         if len(_members(model)) == 1:
             model = _members(model)[0]
-    return where, _members(model) or [Config]
+    return where, _members(model) or [root]
 
 
 def _members(annotation: Any) -> list[type[BaseModel]]:

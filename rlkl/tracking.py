@@ -71,18 +71,29 @@ def claim(folder: Path, overwrite: bool, main: bool) -> Iterator[None]:
     if not main:
         yield
         return
+    with lock(folder, "run"):
+        check_folder(folder, overwrite)
+        yield
+
+
+@contextlib.contextmanager
+def lock(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder, which need not exist, for this process alone; the kernel lets go of it when the process dies.
+
+    Raises:
+        ValueError: another process holds it, or nothing can be written beside it.
+    """
     path = folder.parent / f".{folder.name}.lock"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "w")  # noqa: SIM115 - held until the run ends
+        held = open(path, "w")  # noqa: SIM115 - held until the run ends
     except OSError as error:
         raise ValueError(f"{folder}: cannot be written ({error.strerror}); choose another folder=...") from None
-    with lock:
+    with held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder}: another run is writing to it; give this one another name") from None
-        check_folder(folder, overwrite)
+            raise ValueError(f"{folder}: another {what} is writing to it; give this one another name") from None
         try:
             yield
         finally:

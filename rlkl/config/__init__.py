@@ -103,7 +103,7 @@ class LogConfig(Section):
 class Config(Section):
     """A run."""
 
-    name: str = Field(pattern=r"^\.*[\w-][\w.-]*$", description="the run is written to <folder>/<name>")
+    name: str = Field(pattern=r"^\.*[\w-][\w.,=-]*$", description="the run is written to <folder>/<name>")
     folder: str = Field("runs", description="where the runs are")
     seed: int = Field(0, ge=0, lt=2**32, description="of all samples, of the order of prompts and of the split")
     model: Model

@@ -1,0 +1,195 @@
+"""``rlkl compare``: a grid of ordinary runs in worker processes, and what they came to side by side."""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+from rlkl import RunError, plan, workers
+from rlkl.config import dump
+from rlkl.config.compare import CompareConfig
+from rlkl.plan import Plan, Run
+
+
+def compare(
+    source: str | Path | Mapping[str, Any] | CompareConfig,
+    overrides: Sequence[str] = (),
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Path:
+    """Do the runs of a comparison that are missing, and set all of them side by side.
+
+    Args:
+        source: a comparison's YAML file or mapping.
+        overrides: ``key.sub=value`` strings.
+        overwrite: do all runs anew.
+        dry_run: say what would be done, and write nothing.
+
+    Returns:
+        The comparison's folder: compare.yaml, summary.json, frontier.png, and a folder a run.
+
+    Raises:
+        ValueError: a mistake in the configuration or a folder; nothing was started.
+        RunError: runs failed; the others are finished, and the table stands.
+    """
+    _refuse_launcher()
+    made = plan.make(source, overrides)
+    kept = [] if overwrite else keep(made)
+    slots = workers.slots(made.config.workers, len(made.runs))
+    show(made, kept, len(slots))
+    if dry_run:
+        return made.folder
+    from rlkl import tracking
+
+    _check_folder(made, overwrite)
+    _check_dashboards(made)
+    with tracking.lock(made.folder, "comparison"):
+        kept = [] if overwrite else keep(made)  # another process may have finished some in the meantime
+        prepare([run for run in made.runs if run not in kept])
+        made.folder.mkdir(parents=True, exist_ok=True)
+        tree = yaml.safe_dump(made.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        (made.folder / "compare.yaml").write_text(tree, encoding="utf-8")
+        errors = drive(made, kept, slots)
+        failed = conclude(made, errors)
+    if failed:
+        raise RunError(f"{failed} of {len(made.runs)} runs failed; the same command does them again")
+    return made.folder
+
+
+def keep(made: Plan) -> list[Run]:
+    """The runs that are finished already.
+
+    Raises:
+        ValueError: some are finished under other configurations, or a folder holds something else.
+    """
+    finished = [run for run in made.runs if plan.finished(run)]
+    other = {run.folder: plan.differences(run) for run in finished}
+    said = [f"{folder}: finished with {'; '.join(keys[:5])}" for folder, keys in other.items() if keys]
+    if said:
+        more = [f"and {len(said) - 3} more"] if len(said) > 3 else []
+        remedy = "give this comparison another name=..., or --overwrite to do all its runs anew"
+        raise ValueError("\n".join([*said[:3], *more, remedy]))
+    return finished
+
+
+def show(made: Plan, kept: Sequence[Run], count: int) -> None:
+    """The plan: how many runs of what, on how many processes, and the keys in which arms differ."""
+    from rlkl.board import console
+
+    screen, config = console(), made.config
+    missing = len(made.runs) - len(kept)
+    screen.print(
+        f"{config.name}: {len(made.arms)} arms x {len(config.seeds)} seeds = {len(made.runs)} runs "
+        f"in {made.folder}, {len(kept)} kept, {missing} to do, {count} at a time; gold is {made.gold}",
+        markup=False,
+        soft_wrap=True,
+    )
+    rows = plan.diff(made)
+    if rows:
+        table = Table(title="what differs between the arms", title_justify="left")
+        for head in ("key", *made.arms):
+            table.add_column(head, overflow="fold")
+        for key, values in rows.items():
+            table.add_row(key, *values.values())
+        screen.print(table, markup=False)
+
+
+def prepare(runs: Sequence[Run]) -> None:
+    """Make the embedded models that are not cached yet, once and not in every worker.
+
+    Raises:
+        ValueError: the data of a tiny model cannot be read.
+    """
+    from rlkl import models
+    from rlkl.data.prompts import records
+
+    done = []
+    for config in (run.config for run in runs):
+        of = (config.model, config.data, config.seed)
+        if config.model.type != "pretrained" and of not in done:
+            done.append(of)
+            models.path(config.model, records(config.data, config.seed)[0])
+
+
+def drive(made: Plan, kept: Sequence[Run], slots: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Do the runs that are missing. The errors of those that failed, by name."""
+    from rlkl.board import Board
+
+    todo = [run for run in made.runs if run not in kept]
+    names = [run.config.name for run in todo]
+    jobs = [workers.Job(dump(run.config), run.folder, made.folder / f"{run.config.name}.log") for run in todo]
+    errors: dict[str, str] = {}
+    with (
+        Board(made.runs, {run.config.name for run in kept}, made.gold, len(slots)) as board,
+        contextlib.closing(workers.work(jobs, slots)) as events,  # type: ignore[type-var]
+    ):
+        for event in events:
+            if event.kind == "tick":
+                board.tick()
+                continue
+            board.note(event.kind, names[event.job], event.error)
+            if event.error:
+                errors[names[event.job]] = event.error
+    return errors
+
+
+def conclude(made: Plan, errors: Mapping[str, str]) -> int:
+    """Table, summary.json and frontier.png of what is there. How many runs failed."""
+    from rlkl import plots, results
+    from rlkl.board import console
+
+    config = made.config
+    found = {}
+    for run in made.runs:
+        name, seed = run.config.name, run.config.seed
+        if name in errors:
+            found[name] = results.Result(run.arm, seed, str(run.folder), errors[name])
+        else:
+            found[name] = results.read(run.folder, run.arm, seed, made.gold, config.match_kl, config.columns)
+    summary = results.summary(made, found)
+    (made.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    screen = console()
+    screen.print(results.table(made, summary), markup=False)
+    failed = {name: r.error for name, r in found.items() if r.error is not None}
+    said = [*results.never(made, found), *(f"{name}: FAILED: {error}" for name, error in failed.items())]
+    curves = {arm: [r.frontier for r in found.values() if r.arm == arm and r.error is None] for arm in made.arms}
+    points = {arm: [[(p["kl"], p["gold"]) for p in run] for run in runs] for arm, runs in curves.items() if runs}
+    (made.folder / "frontier.png").unlink(missing_ok=True)
+    if points:
+        said.append(f"figure: {plots.frontier(made.folder / 'frontier.png', points, made.gold, config.match_kl)}")
+    for text in [*said, f"summary: {made.folder / 'summary.json'}"]:
+        screen.print(text, markup=False, soft_wrap=True)
+    return len(failed)
+
+
+def _check_folder(made: Plan, overwrite: bool) -> None:
+    """Refuse a folder that is a run, and runs' folders that hold something else."""
+    from rlkl import tracking
+
+    if (made.folder / "config.yaml").exists():
+        raise ValueError(f"{made.folder}: holds a run; give this comparison another name=...")
+    for run in made.runs:
+        tracking.check_folder(run.folder, overwrite=True)
+
+
+def _check_dashboards(made: Plan) -> None:
+    from rlkl import dashboards
+
+    for run in made.runs:
+        dashboards.check(run.config.log)
+
+
+def _refuse_launcher() -> None:
+    """One process hands out the runs; under a launcher there would be several of it."""
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
+        if os.environ.get(name, "1") not in ("", "1"):
+            raise ValueError(
+                f"{name}={os.environ[name]}: rlkl compare starts its own processes; run it without a launcher "
+                "(workers=... says how many)"
+            )

@@ -1,0 +1,226 @@
+"""From the configuration of a comparison to its runs, all of them checked; and what is said before they start.
+
+Torch-free. A run of the plan is an ordinary run: ``rlkl train <folder>/<name>/<run>/config.yaml`` does it again.
+"""
+
+import difflib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from rlkl import metrics, settings
+from rlkl.config import Config, dump
+from rlkl.config.compare import CompareConfig
+
+OUTPUT = ("name", "folder", "log")
+"""Keys of a run that change what is written, not what is learned."""
+SET_HERE = {"name": "name", "folder": "folder", "seed": "seeds", "log.group": "name"}
+"""Keys of a run that a comparison sets, and its own key that decides them."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: ``arm`` is its row of the table, with the values of the axes."""
+
+    arm: str
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        """Where it is written."""
+        return Path(self.config.folder) / self.config.name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All runs of a comparison, in the order in which they are started."""
+
+    config: CompareConfig
+    gold: str
+    runs: list[Run]
+
+    @property
+    def folder(self) -> Path:
+        """Where the comparison is written."""
+        return Path(self.config.folder) / self.config.name
+
+    @property
+    def arms(self) -> dict[str, list[Run]]:
+        """The runs of each arm."""
+        names = dict.fromkeys(run.arm for run in self.runs)
+        return {name: [run for run in self.runs if run.arm == name] for name in names}
+
+
+def make(source: str | Path | Mapping[str, Any] | CompareConfig, overrides: Sequence[str] = ()) -> Plan:
+    """The runs of a comparison, from its YAML file or mapping with ``key.sub=value`` overrides.
+
+    Raises:
+        ValueError: one line a mistake, in the comparison or, with the arm's name, in a run.
+    """
+    config = read(source, overrides)
+    arms: dict[str, list[Run]] = {}
+    mistakes: dict[str, list[str]] = {}
+    for arm, changes in _cells(config):
+        try:
+            arms[arm] = [_run(config, arm, changes, seed) for seed in config.seeds]
+        except ValueError as error:
+            for text in str(error).splitlines():
+                mistakes.setdefault(text, []).append(arm)
+    if mistakes:
+        where = {text: f"arm{'s' if len(names) > 1 else ''} {', '.join(names)}" for text, names in mistakes.items()}
+        raise ValueError("\n".join(f"{where[text]}: {text}" for text in mistakes))
+    _check_twins(arms)
+    _check_columns(config.columns)
+    # Seed by seed: all arms show early what becomes of them.
+    return Plan(config, _gold(config, arms), [run for runs in zip(*arms.values(), strict=True) for run in runs])
+
+
+def read(source: str | Path | Mapping[str, Any] | CompareConfig, overrides: Sequence[str] = ()) -> CompareConfig:
+    """The configuration of a comparison; a base that is a path is read from beside the file.
+
+    Raises:
+        ValueError: one line a mistake.
+    """
+    if isinstance(source, CompareConfig):
+        source = source.model_dump(mode="json")
+    tree = settings.read(source)
+    beside = Path(source).parent if isinstance(source, (str, Path)) else Path()
+    where = f"{source}: " if isinstance(source, (str, Path)) else ""
+    if "arms" not in tree and {"model", "data", "rewards", "trainer"} & set(tree):
+        raise ValueError(
+            f"{where}this is a run, not a comparison; use rlkl train, or make it the base of a file with arms and seeds"
+        )
+    _read_base(tree, beside)
+    for override in overrides:
+        settings.put(tree, *settings.parse(override))
+        _read_base(tree, beside)
+    kept: Any = OmegaConf.to_container(tree, resolve=False)  # an interpolation in base or arms is the run's own
+    kept = {key: kept[key] for key in ("base", "arms") if key in kept}
+    own = settings.resolve(OmegaConf.masked_copy(tree, [str(key) for key in tree if key not in kept]))
+    if isinstance(own.get("axes"), dict):
+        own["axes"] = dict(_flat(own["axes"]))
+    return settings.check(own | kept, CompareConfig)
+
+
+def finished(run: Run) -> bool:
+    """Whether the run's folder holds its final model, the card of which is written last."""
+    return (run.folder / "final" / "README.md").is_file() and (run.folder / "config.yaml").is_file()
+
+
+def differences(run: Run) -> list[str]:
+    """How the run in the folder differs from the planned one, in what decides its results."""
+    try:
+        there = settings.load(run.folder / "config.yaml")
+    except ValueError as error:
+        return [f"its config.yaml is not read by this version ({str(error).splitlines()[0]})"]
+    old, new = decisive(there), decisive(run.config)
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [f"{key} {show(old.get(key))}, now {show(new.get(key))}" for key in changed]
+
+
+def decisive(config: Config) -> dict[str, Any]:
+    """What decides a run's results: its resolved keys, dotted, without those of its output."""
+    return dict(_flat({key: value for key, value in dump(config).items() if key not in OUTPUT}))
+
+
+def diff(plan: Plan) -> dict[str, dict[str, str]]:
+    """Key -> arm -> value, for the keys in which arms differ; ``–`` where an arm has no such key."""
+    values = {arm: decisive(runs[0].config) for arm, runs in plan.arms.items()}
+    keys = dict.fromkeys(key for one in values.values() for key in one)
+    table = {key: {arm: show(one[key]) if key in one else "–" for arm, one in values.items()} for key in keys}
+    return {key: row for key, row in table.items() if len(set(row.values())) > 1}
+
+
+def show(value: Any) -> str:
+    """A value as in YAML, on one line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _read_base(tree: DictConfig, beside: Path) -> None:
+    """Put what a base's file holds in the place of its path."""
+    base = OmegaConf.to_container(tree, resolve=False).get("base")  # type: ignore[union-attr]
+    if not isinstance(base, str):
+        return
+    read = settings.read(beside / base)
+    if "arms" in read:
+        raise ValueError(f"base={base}: this is a comparison itself; name a run's YAML")
+    tree["base"] = read
+
+
+def _cells(config: CompareConfig) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
+    """Every arm with every combination of the axes: its name and its changes, in the order of their precedence."""
+    leaves = [key.rpartition(".")[2] for key in config.axes]
+    short = [leaf if leaves.count(leaf) == 1 else key for leaf, key in zip(leaves, config.axes, strict=True)]
+    seen: dict[str, Any] = {}
+    for arm, changes in config.arms.items():
+        for values in itertools.product(*config.axes.values()):
+            name = "".join([arm, *(f",{key}={_label(x)}" for key, x in zip(short, values, strict=True))])
+            if name in seen:
+                raise ValueError(f"axes: {name} comes twice, from {show(seen[name])} and {show(values)}; drop one")
+            seen[name] = values
+            # A type comes first: it drops what its section held.
+            own = sorted(_flat(changes), key=lambda change: change[0].rpartition(".")[2] != "type")
+            yield name, [*own, *zip(config.axes, values, strict=True)]
+
+
+def _run(config: CompareConfig, arm: str, changes: Sequence[tuple[str, Any]], seed: int) -> Run:
+    tree = OmegaConf.create(config.base)
+    for key, value in changes:
+        if key in SET_HERE:
+            raise ValueError(f"{key}: the comparison sets it; use {SET_HERE[key]}: of the comparison")
+        settings.put(tree, key, value)
+    folder = str(Path(config.folder) / config.name)
+    for key, value in {"name": f"{arm},seed={seed}", "folder": folder, "seed": seed, "log.group": config.name}.items():
+        settings.put(tree, key, value)
+    return Run(arm, settings.load(OmegaConf.to_container(tree)))  # type: ignore[arg-type]
+
+
+def _check_twins(arms: Mapping[str, Sequence[Run]]) -> None:
+    seen: dict[str, str] = {}
+    for arm, runs in arms.items():
+        key = json.dumps(decisive(runs[0].config))
+        if key in seen:
+            raise ValueError(f"arms {seen[key]}, {arm}: equal in every key, so one run would count double; drop one")
+        seen[key] = arm
+
+
+def _check_columns(columns: Sequence[str]) -> None:
+    for name in columns:
+        if not metrics.documented(name):
+            close = difflib.get_close_matches(name, metrics.METRICS, n=1)
+            hint = f"did you mean {close[0]}?" if close else "docs/metrics.md lists them"
+            raise ValueError(f"columns: {name}: no such metric, {hint}")
+
+
+def _gold(config: CompareConfig, arms: Mapping[str, Sequence[Run]]) -> str:
+    """The reward to show, which every arm must have."""
+    gold = config.gold or next(iter(next(iter(arms.values()))[0].config.rewards))
+    for arm, runs in arms.items():
+        if gold not in runs[0].config.rewards:
+            named = ", ".join(runs[0].config.rewards)
+            raise ValueError(f"gold={gold}: arm {arm} has no such reward (it has {named}); weight 0 only watches one")
+        source = runs[0].config.rewards[gold]
+        if source.type == "annotations" and source.labeller is None:
+            raise ValueError(f"gold={gold}: in arm {arm} these are stored spans, which say nothing of new samples")
+    return gold
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested mappings."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _label(value: Any) -> str:
+    """A value as part of a folder's name."""
+    text = f"{value:g}".replace("e+", "e") if isinstance(value, float) else show(value).strip("[]{}")
+    return re.sub(r"[^\w.-]+", "-", text) or "-"
