@@ -15,16 +15,24 @@ class RunError(RuntimeError):
     """A run cannot go on (exit 1). What the user wrote wrong is a ValueError (exit 2)."""
 
 
-def train(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, overwrite: bool = False) -> Path:
+def train(
+    config: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> Path:
     """Train as a YAML file, a mapping or a ``rlkl.config.Config`` says; the Python face of ``rlkl train``.
 
     Args:
         config: a run's configuration.
         overrides: ``key.sub=value`` strings, as on the command line.
         overwrite: replace the run of this name.
+        resume: go on from its last checkpoint, with the same results as without the interruption.
 
     Returns:
-        The run's folder: config.yaml, env.json, metrics.jsonl, samples.jsonl, curves.png, reference/, final/.
+        The run's folder: config.yaml, env.json, metrics.jsonl, samples.jsonl, curves.png, checkpoints/, reference/,
+        final/.
 
     Raises:
         ValueError: a mistake in the configuration, the data or the folder; nothing was written.
@@ -32,7 +40,7 @@ def train(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (),
     """
     from rlkl.loop import train as run
 
-    return run(config, overrides, overwrite=overwrite)
+    return run(config, overrides, overwrite=overwrite, resume=resume)
 
 
 def compare(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, overwrite: bool = False) -> Path:

@@ -1,12 +1,28 @@
 """The models in a run's folder: ``reference/`` and ``final/``, written and read back."""
 
+import shutil
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file
 
 from rlkl import card, models
 from rlkl.adapters import FROZEN, TRAINED
 from rlkl.config import Config
 from rlkl.policy import Policy
+
+
+def load_reference(policy: Policy, config: Config, folder: Path) -> None:
+    """Give a policy the reference that its run kept, whatever has become of the model it was made from."""
+    if config.model.reference != "initial":
+        return
+    if policy.reference is not None:
+        kept = models.from_folder(folder, config.model.dtype)[0]
+        policy.reference.load_state_dict(kept.state_dict())
+    elif policy.reference_adapter:
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(policy.model, load_file(folder / FROZEN / "adapter_model.safetensors"), FROZEN)
 
 
 def save_reference(policy: Policy, config: Config, tokenizer: Any, folder: Path) -> None:
@@ -21,10 +37,15 @@ def save_reference(policy: Policy, config: Config, tokenizer: Any, folder: Path)
 
 
 def save_final(policy: Policy, tokenizer: Any, folder: Path) -> None:
-    """A folder that ``from_pretrained`` reads, or ``AutoPeftModelForCausalLM`` for an adapter."""
+    """A folder that ``from_pretrained`` reads, or ``AutoPeftModelForCausalLM`` for an adapter; whole or not at all."""
     adapted = {"selected_adapters": [TRAINED]} if policy.adapted else {}
-    policy.model.save_pretrained(folder, **adapted)
-    tokenizer.save_pretrained(folder)
+    new = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    policy.model.save_pretrained(new, **adapted)
+    tokenizer.save_pretrained(new)
+    if folder.is_dir():
+        folder.rmdir()  # an empty one may be given
+    new.rename(folder)
 
 
 def load_policy(run: Path, config: Config) -> tuple[Policy, Any]:

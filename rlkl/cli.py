@@ -25,10 +25,13 @@ def train(
     config: Annotated[str, typer.Argument(help="a YAML file, see configs/")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace the run of this name")] = False,
+    resume: Annotated[bool, typer.Option(help="go on from the last checkpoint of the run of this name")] = False,
     dry_run: Annotated[bool, typer.Option(help="print the resolved configuration and the arithmetic")] = False,
     debug: Annotated[bool, typer.Option(help="print the traceback of an error")] = False,
 ) -> None:
     """Train a model as a configuration says."""
+    if resume and overwrite:
+        raise ValueError("--resume with --overwrite: one keeps the run of this name, the other replaces it; give one")
     if dry_run:
         from rlkl.settings import load
         from rlkl.summary import describe
@@ -39,7 +42,7 @@ def train(
     from rlkl.loop import train as run
 
     try:
-        run(config, overrides or [], overwrite=overwrite)
+        run(config, overrides or [], overwrite=overwrite, resume=resume)
         close()
     except Exception:
         if debug:

@@ -21,6 +21,8 @@ from rlkl.sampling import ALTERNATIVES, EVALUATE, MINIBATCHES, TRAIN, Prompts, p
 from rlkl.trainers import TRAINERS
 from rlkl.types import Need, Rollout, Trainer
 
+STATE = ("step", "beta", "ema", "generated", "queries")
+
 
 @dataclass
 class Lane:
@@ -44,6 +46,7 @@ class Lane:
     ema: float | None = None
     generated: int = 0
     queries: int = 0
+    step: int = 0
     forward: Any = None
     rank: int = 0
     ranks: int = 1
@@ -58,6 +61,15 @@ class Lane:
         if self.stored is not None:
             held = recording.share(self.stored.held, self.rank, self.ranks)
             self.marked = moved.stored(held.to(accelerator.device))
+
+    def state(self) -> dict[str, Any]:
+        """What changes from step to step beside weights and optimiser: plain numbers. ``step`` is the last one done."""
+        return {name: getattr(self, name) for name in STATE}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state` gave."""
+        for name in STATE:
+            setattr(self, name, state[name])
 
     def minibatches(self, rollout: Rollout, step: int, epoch: int) -> Iterator[tuple[Tensor, float]]:
         """Rows of this process in each update of a pass, and what their weights are multiplied by.
@@ -77,6 +89,11 @@ class Lane:
         for k in range(count):
             rows = (place_B % count == k).nonzero().squeeze(1).cpu()
             yield (rows, float(count)) if len(rows) else (torch.zeros(1, dtype=torch.long), 0.0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy is."""
+        return next(self.policy.parameters()).device
 
     @property
     def score_need(self) -> set[Need]:
@@ -138,7 +155,7 @@ def build(config: Config) -> Lane:
 
 def collect(lane: Lane, step: int) -> Rollout:
     """The training samples of a step, of this process: sampled, and recorded if asked; or stored; or replayed."""
-    config, device = lane.config, next(lane.policy.parameters()).device
+    config, device = lane.config, lane.device
     if lane.stored is not None:
         whole = lane.stored.batch(step, config.rollout.prompts)
         rollout = recording.share(whole, lane.rank, lane.ranks).to(device)

@@ -15,11 +15,25 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rlkl import RunError, artefacts, card, credit, dashboards, kl, launch, pairs, plots, settings, terminal, tracking
+from rlkl import (
+    RunError,
+    artefacts,
+    card,
+    checkpoint,
+    credit,
+    dashboards,
+    kl,
+    launch,
+    moved,
+    pairs,
+    plots,
+    settings,
+    terminal,
+    tracking,
+)
 from rlkl.config import Config, KLConfig, OptimiserConfig
 from rlkl.evaluate import Evaluation, chunks, evaluate, join, sample_rows
 from rlkl.lane import Lane, build, collect
-from rlkl.moved import labelled, measure
 from rlkl.reduce import finish, global_sum, masked_mean, masked_std, merge
 from rlkl.screen import Screen
 from rlkl.types import Batch, End, Metrics, PolicyOutput, Rollout, TokenRewards, Trainer
@@ -30,10 +44,12 @@ def train(
     overrides: Sequence[str] = (),
     *,
     overwrite: bool = False,
+    resume: bool = False,
     screen: AbstractContextManager[Screen] | None = None,
 ) -> Path:
     """Train as the configuration says and return the run's folder.
 
+    ``resume`` goes on from the last checkpoint of the run of this name, or begins it; a finished one stays as it is.
     ``screen`` takes the place of this terminal; it is entered once the folder is there.
 
     Raises:
@@ -44,15 +60,27 @@ def train(
     dashboards.check(config.log)
     accelerator = launch.accelerator(config)
     folder = tracking.run_folder(config)
-    tracking.check_folder(folder, overwrite)
+    if resume:
+        checkpoint.check(folder, config)
+    else:
+        tracking.check_folder(folder, overwrite)
+    if resume and (folder / "final").is_dir():
+        Screen(accelerator.is_main_process).say(f"{folder}: finished already; nothing to resume")
+        return folder
     with accelerator.main_process_first():  # an embedded model is trained once
         lane = build(config)
     main = accelerator.is_main_process
-    with tracking.claim(folder, overwrite, main):
-        if main:
+    with tracking.claim(folder, overwrite or resume, main):
+        last = checkpoint.steps(folder)[-1:] if resume else []
+        accelerator.wait_for_everyone()
+        if main and last:
+            checkpoint.cut(folder, last[0])
+        elif main:
             dashboards.forget(folder)
             tracking.create_folder(folder, config)
         accelerator.wait_for_everyone()
+        if last:
+            checkpoint.load(lane, folder, last[0])
         try:
             with screen or Screen(main, config.train.steps) as shown, dashboards.opened(folder, config, main) as copies:
                 run([lane], [tracking.Tracker(folder, main, shown, copies)], accelerator)
@@ -66,39 +94,50 @@ def train(
 def run(lanes: list[Lane], trackers: list[tracking.Tracker], accelerator: Accelerator) -> None:
     """Drive lanes, step by step, to their last step. An ordinary run is one lane."""
     both = list(zip(lanes, trackers, strict=True))
-    before = []
     for lane, tracker in both:
         lane.place(accelerator)
         tracker.say(*terminal.notices(lane, accelerator), *tracker.notes)
-        if tracker.main:
-            artefacts.save_reference(lane.policy, lane.config, lane.tokenizer, tracker.folder / "reference")
-        before.append(assess(lane, tracker, 0))
-        tracker.say(*terminal.guidance(lane.config, before[-1]))
-        check_start(lane, before[-1])
-    after = before
+        begin(lane, tracker)
     for step in range(1, max(lane.config.train.steps for lane in lanes) + 1):
-        after = [
-            advance(lane, tracker, step, accelerator) or old for (lane, tracker), old in zip(both, after, strict=True)
-        ]
-    for (lane, tracker), first, last in zip(both, before, after, strict=True):
-        tracker.say(*terminal.show(first, last, lane.config.log.samples))
+        for lane, tracker in both:
+            if lane.step < step <= lane.config.train.steps:
+                advance(lane, tracker, step, accelerator)
+    for lane, tracker in both:
         if tracker.main:
+            tracker.say(*terminal.show(tracker.folder))
             artefacts.save_final(lane.policy, lane.tokenizer, tracker.folder / "final")
             tracker.say(f"figure: {plots.curves(tracker.folder)}", f"model:  {tracker.folder / 'final'}")
             card.write(tracker.folder, tracker.folder / "final", lane.policy.adapted)
 
 
-def advance(lane: Lane, tracker: tracking.Tracker, step: int, accelerator: Accelerator) -> Evaluation | None:
-    """One training step of a lane, with its line, its row and, when due, its evaluation."""
-    total = lane.config.train.steps
-    if step > total:
-        return None
+def begin(lane: Lane, tracker: tracking.Tracker) -> None:
+    """Keep the reference and evaluate it; or, after a checkpoint, take the reference that was kept."""
+    kept = tracker.folder / "reference"
+    if lane.step:
+        tracker.say(f"resumed after step {lane.step} of {lane.config.train.steps}")
+        lane.marked = lane.marked or moved.kept(tracker.folder, lane.rank, lane.ranks, lane.device)
+        return artefacts.load_reference(lane.policy, lane.config, kept)
+    if tracker.main:
+        artefacts.save_reference(lane.policy, lane.config, lane.tokenizer, kept)
+    before = assess(lane, tracker, 0)
+    if lane.marked is not None and lane.stored is None:
+        moved.keep(lane.marked, tracker.folder, tracker.main)
+    tracker.say(*terminal.guidance(lane.config, before))
+    check_start(lane, before)
+
+
+def advance(lane: Lane, tracker: tracking.Tracker, step: int, accelerator: Accelerator) -> None:
+    """One training step of a lane, with its line, its row and, when due, its evaluation and its checkpoint."""
+    total, every = lane.config.train.steps, lane.config.save.every
     metrics = train_step(lane, step, accelerator)
     tracker.screen.step(step, metrics, lane.config.log.every)
     if step % lane.config.evaluate.every == 0 or step == total:
-        return assess(lane, tracker, step, metrics)
-    tracker.metrics(step, metrics)
-    return None
+        assess(lane, tracker, step, metrics)
+    else:
+        tracker.metrics(step, metrics)
+    lane.step = step
+    if every is not None and step % every == 0 and step < total and tracker.main:
+        checkpoint.save(lane, tracker.folder, lane.config.save.keep)
 
 
 def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, float]:
@@ -267,11 +306,11 @@ def assess(lane: Lane, tracker: tracking.Tracker, step: int, metrics: Mapping[st
             micro_batch=config.train.micro_batch,
         )
         if step == 0 and lane.marked is None:
-            lane.marked = labelled(result.rollout, lane.reward.sources)
+            lane.marked = moved.labelled(result.rollout, lane.reward.sources)
     except RunError as error:
         raise RunError(f"evaluation at step {step}: {error}") from error
     if lane.marked is not None:
-        shifts = measure(lane.forward, lane.marked, config.train.micro_batch)
+        shifts = moved.measure(lane.forward, lane.marked, config.train.micro_batch)
         result = replace(result, metrics=result.metrics | shifts)
     took = {"time/evaluate": time.perf_counter() - started}
     tracker.metrics(step, {**(metrics or {}), **result.metrics, **took})

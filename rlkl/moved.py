@@ -11,13 +11,15 @@ ratio estimator, whose unit of chance is the completion. Everything is global ov
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from rlkl import recording
 from rlkl.evaluate import chunks, join
 from rlkl.reduce import global_sum
 from rlkl.types import Rollout
@@ -55,6 +57,24 @@ def labelled(rollout: Rollout, sources: Mapping[str, tuple[Any, float]]) -> Mark
         if hasattr(source, "judged")
     }
     return mark(rollout, judged) if judged else None
+
+
+def keep(marked: Marked, folder: Path, main: bool) -> None:
+    """Write new samples with their marks to ``held_out/`` of a run's folder, for when it is resumed."""
+    places = {n: [row.nonzero().flatten().tolist() for row in m] for n, m in marked.mask_BT.items() if n != UNMARKED}
+    rows = [[{"label": n, "tokens": held[i]} for n, held in places.items()] for i in range(len(marked.rollout))]
+    columns = {"prompt": marked.rollout.columns["prompt"], "spans": rows}
+    mine = replace(marked.rollout.to(torch.device("cpu")), decode=None, columns=columns)
+    parts = gather_object([mine])
+    if main:
+        recording.save(recording.joined(parts), folder / "held_out", 0, {})
+
+
+def kept(folder: Path, rank: int, ranks: int, device: torch.device) -> Marked | None:
+    """What :func:`keep` wrote, the part of this process; None where nothing was written."""
+    if not (folder / "held_out").is_dir():
+        return None
+    return stored(recording.share(recording.load(folder / "held_out", 0), rank, ranks).to(device))
 
 
 def mark(rollout: Rollout, judged: Mapping[str, Tokens]) -> Marked:

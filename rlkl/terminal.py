@@ -1,7 +1,7 @@
 """What a run says on the terminal."""
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from rlkl import models, summary
 from rlkl.config import Config
-from rlkl.evaluate import Evaluation, sample_rows
+from rlkl.evaluate import Evaluation
 from rlkl.lane import Lane
 from rlkl.launch import mismatch
+from rlkl.tracking import read_rows
 
 
 def notices(lane: Lane, accelerator: Accelerator) -> Iterator[str]:
@@ -123,9 +124,12 @@ def optimum_kl(reward_PN: Tensor, beta: float) -> tuple[float, float]:
     return float(nats_P.mean()) * count / (count - 1), float((1 / (weight_PN**2).sum(-1)).mean())
 
 
-def show(before: Evaluation, after: Evaluation, count: int) -> Iterator[str]:
-    """The same prompts with the same randomness, before and after."""
-    pairs = zip(sample_rows(before), sample_rows(after), strict=True)
-    for old, new in itertools.islice(pairs, count):
+def show(folder: Path) -> Iterator[str]:
+    """The samples of a run's first and last evaluation: the same prompts with the same randomness."""
+    rows = list(read_rows(folder / "samples.jsonl"))
+    if not rows:
+        return
+    before, after = ([row for row in rows if row["step"] == ends["step"]] for ends in (rows[0], rows[-1]))
+    for old, new in zip(before, after, strict=True):
         yield f"\nprompt: {old['prompt']}\n  before: {old['completion']}\n  after:  {new['completion']}"
     yield ""

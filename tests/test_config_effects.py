@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import rlkl
-from rlkl import kl, settings
+from rlkl import checkpoint, kl, settings
 from rlkl.config import Config
 from rlkl.lane import Lane, build
 from rlkl.types import PolicyOutput, Rollout
@@ -818,6 +818,13 @@ def test_an_evaluation_asks_so_many_prompts_for_so_many_samples(run):
     asked = {"data.held_out": 0.5, "evaluate.prompts": 3, "evaluate.samples_per_prompt": 5}
     assert metrics(run(asked))[0]["reward/eval/queries"] == 15
     assert metrics(run({**asked, "evaluate.prompts": 100}))[0]["reward/eval/queries"] == 20  # as many as there are
+
+
+@shows("save.every", "save.keep")
+def test_a_checkpoint_is_written_every_so_many_steps_and_the_newest_stay(run):
+    assert checkpoint.steps(run({"save.every": None, "train.steps": 5})) == []
+    assert checkpoint.steps(run({"save.every": 2, "train.steps": 7})) == [6]
+    assert checkpoint.steps(run({"save.every": 2, "save.keep": 2, "train.steps": 7})) == [4, 6]
 
 
 @shows("log.every")

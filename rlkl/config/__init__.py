@@ -86,6 +86,13 @@ class EvaluateConfig(Section):
     samples_per_prompt: Positive = Field(4, description="completions a prompt")
 
 
+class SaveConfig(Section):
+    """Checkpoints, from which ``--resume`` goes on."""
+
+    every: Positive | None = Field(10, description="steps between two checkpoints; null = none")
+    keep: Positive = Field(1, description="checkpoints that stay, the newest")
+
+
 class LogConfig(Section):
     """What a run says while it goes."""
 
@@ -116,6 +123,7 @@ class Config(Section):
     optimiser: OptimiserConfig = OptimiserConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    save: SaveConfig = SaveConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
@@ -285,6 +293,7 @@ __all__ = [
     "PretrainedModel",
     "ReinforceTrainer",
     "RolloutConfig",
+    "SaveConfig",
     "Section",
     "Source",
     "SplitData",

@@ -70,7 +70,7 @@ class Span:
 
     start: int
     end: int
-    label: Literal["right", "wrong"]
+    label: Literal["right", "wrong", "before", "first name", "wrong name"]
 
 
 def prompts() -> list[dict[str, str]]:
@@ -132,6 +132,21 @@ def annotate(completion: str) -> list[Span]:
         elif city not in seen:
             spans.append(Span(*fact.span(second), "right"))
             seen.add(city)
+    return spans
+
+
+def dissect(completion: str) -> list[Span]:
+    """Return the parts of every wrong fact among the first three sentences, to see which of them training moves.
+
+    `wrong name` is the second name, `before` its sentence up to the word before it, and `first name` a part of that.
+    """
+    spans: list[Span] = []
+    for fact, second in _facts(completion):
+        if CAPITALS[fact["country"]] != fact["city"]:
+            first = "country" if second == "city" else "city"
+            spans.append(Span(fact.start(), fact.start(second) - 1, "before"))
+            spans.append(Span(*fact.span(first), "first name"))
+            spans.append(Span(*fact.span(second), "wrong name"))
     return spans
 
 

@@ -1,0 +1,116 @@
+"""Save and resume, exactly: all that a run has learned so far, tensors as safetensors and the rest as JSON.
+
+Randomness is counter-based and prompts are a function of the step, so weights, the optimiser and a few numbers are the
+whole state. A checkpoint appears under its name only when it is complete; a kill at any moment leaves the one before.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from rlkl.config import Config, dump
+from rlkl.data import files
+from rlkl.lane import Lane
+from rlkl.runs import read_config
+from rlkl.tracking import read_rows
+
+FREE = ("name", "folder", "log", "save")
+"""Sections and keys that may differ between a run and its resumption: they change no result."""
+
+
+def check(folder: Path, config: Config) -> None:
+    """Refuse to go on with a run under another configuration.
+
+    Raises:
+        ValueError: it names every key that differs, with both values.
+    """
+    if not (folder / "config.yaml").is_file():
+        return
+    old, new = (dict(_leaves(dump(c))) for c in (read_config(folder), config))
+    keys = [key for key in {**old, **new} if key.split(".")[0] not in FREE]
+    if differ := [f"{key}={old.get(key)} there, {new.get(key)} now" for key in keys if old.get(key) != new.get(key)]:
+        raise ValueError(
+            f"--resume: {folder} was begun with another configuration: {'; '.join(differ)}; give the same one, "
+            "another name, or --overwrite"
+        )
+
+
+def save(lane: Lane, folder: Path, keep: int) -> None:
+    """Write ``checkpoints/step_N/`` of a run, whole or not at all, and drop all but the ``keep`` newest."""
+    parent = folder / "checkpoints"
+    new = parent / ".new"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    trained = {n: p.detach().cpu().contiguous() for n, p in lane.policy.named_parameters() if p.requires_grad}
+    moments = {
+        f"{i}.{name}": torch.as_tensor(x).cpu().contiguous()
+        for i, values in lane.optimiser.state_dict()["state"].items()
+        for name, x in values.items()
+    }
+    save_file(trained, new / "policy.safetensors")
+    save_file(moments, new / "optimiser.safetensors")
+    (new / "state.json").write_text(json.dumps(lane.state(), indent=2) + "\n", encoding="utf-8")
+    for path in new.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    target = parent / f"step_{lane.step}"
+    shutil.rmtree(target, ignore_errors=True)
+    new.rename(target)
+    for old in steps(folder)[:-keep]:
+        shutil.rmtree(parent / f"step_{old}")
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of a run's checkpoints, in order."""
+    names = [path.name.removeprefix("step_") for path in (folder / "checkpoints").glob("step_*")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def load(lane: Lane, folder: Path, step: int) -> None:
+    """Put a lane, as built from the configuration, into the state of a checkpoint.
+
+    Raises:
+        ValueError: the checkpoint cannot be read, or is of another model.
+    """
+    path = folder / "checkpoints" / f"step_{step}"
+    try:
+        trained, moments = load_file(path / "policy.safetensors"), load_file(path / "optimiser.safetensors")
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); remove it to resume from the one before") from None
+    own = {n: p for n, p in lane.policy.named_parameters() if p.requires_grad}
+    if {n: p.shape for n, p in own.items()} != {n: x.shape for n, x in trained.items()}:
+        raise ValueError(f"{path}: its weights are not those of this model; did model.path change?")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(trained[name])
+    states: dict[int, dict[str, Any]] = {}
+    for key, x in moments.items():
+        index, _, name = key.partition(".")
+        states.setdefault(int(index), {})[name] = x
+    lane.optimiser.load_state_dict({**lane.optimiser.state_dict(), "state": states})
+    lane.restore(state)
+
+
+def cut(folder: Path, step: int) -> None:
+    """Cut metrics.jsonl and samples.jsonl back to a step; what came after will be written again, the same."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        if (folder / name).is_file():
+            kept = [row for row in read_rows(folder / name) if row["step"] <= step]
+            files.write(folder / name, files.jsonl(kept), overwrite=True)
+    (folder / "error.txt").unlink(missing_ok=True)
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
