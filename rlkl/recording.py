@@ -89,7 +89,7 @@ def save(rollout: Rollout, run: Path, step: int, signed: Signature) -> None:
     tensors = {name: x.contiguous() for name, x in values.items() if isinstance(x, Tensor)}
     others = {name: x for name, x in values.items() if name not in tensors}
     path = run / "rollouts" / f"step_{step}"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     _write(path.with_suffix(".safetensors"), save_tensors(tensors))
     _write(path.with_suffix(".json"), json.dumps({"signature": signed, **others}).encode())
 
