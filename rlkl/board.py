@@ -1,5 +1,6 @@
 """The terminal of a comparison: a live table of its runs, or a line when a run starts, ends, and now and then."""
 
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -11,7 +12,6 @@ from rich.live import Live
 from rich.table import Table
 
 from rlkl.plan import Run
-from rlkl.tracking import read_metrics
 
 QUIET = 30.0
 """Seconds between two lines of progress where there is no live table."""
@@ -28,6 +28,7 @@ class Progress:
     started: float = 0.0
     made: float = 0.0
     ended: float = 0.0
+    read: int = 0
     step: int = 0
     gold: float | None = None
     kl: float | None = None
@@ -58,9 +59,10 @@ class Board:
 
     def __init__(self, runs: Sequence[Run], kept: set[str], gold: str, workers: int) -> None:
         self.rows = {run.config.name: Progress(run) for run in runs}
+        self.gold, self.workers = gold, workers
         for name in kept:
             self.rows[name].state = "kept"
-        self.gold, self.workers = gold, workers
+            self._read(self.rows[name])
         self.console = console()
         self.live = Live(console=self.console, auto_refresh=False) if sys.stdout.isatty() else None
         self.said = time.monotonic()
@@ -140,7 +142,15 @@ class Board:
         return (sum(row.left or 0.0 for row in running) + mean * len(waiting)) / self.workers
 
     def _read(self, row: Progress) -> None:
-        for line in read_metrics(row.run.folder):
+        """Take in what its metrics.jsonl has grown by."""
+        path = row.run.folder / "metrics.jsonl"
+        if not path.is_file():
+            return
+        with open(path, "rb") as file:
+            file.seek(row.read)
+            whole = file.read().rpartition(b"\n")[0]  # a row may be half written
+        row.read += len(whole) + bool(whole)
+        for line in map(json.loads, whole.splitlines()):
             row.step = line["step"]
             if "kl/sequence" in line:
                 row.gold, row.kl = line.get(f"reward/eval/{self.gold}"), line["kl/sequence"]

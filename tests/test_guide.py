@@ -47,7 +47,15 @@ def test_the_guide_runs(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> 
     printed = capsys.readouterr().out
     for said in ("KL guidance", "GiB", "kl/sequence", "prompt: Why is the moon white?"):
         assert said in printed
-    assert {run.name for run in Path("runs").iterdir()} >= {"mine", "nudge", "two-nats", "lora", "longer", "python"}
+    assert {run.name for run in Path("runs").iterdir()} >= {
+        "mine",
+        "nudge",
+        "two-nats",
+        "lora",
+        "longer",
+        "python",
+        "versus",
+    }
 
 
 def test_its_links_and_its_keys_exist() -> None:
