@@ -18,7 +18,7 @@ from rlkl import metrics, settings
 from rlkl.config import Config, dump
 from rlkl.config.compare import CompareConfig
 
-OUTPUT = ("name", "folder", "log")
+OUTPUT = ("name", "folder", "log", "save")
 """Keys of a run that change what is written, not what is learned."""
 SET_HERE = {"name": "name", "folder": "folder", "seed": "seeds", "log.group": "name"}
 """Keys of a run that a comparison sets, and its own key that decides them."""

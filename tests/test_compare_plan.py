@@ -179,7 +179,7 @@ def test_mistakes_of_several_arms_are_all_told(refused):
         ({"arms": {"a": None}}, "arms.a=None: input should be a valid dictionary"),
         ({"arms": {"a/b": {}}}, "arms.a/b: names of folders are made of it"),
         ({"arms": {"a": {}, "b": {"kl.beta": 0.05}}}, "arms a, b: equal in every key"),
-        ({"arms": {"a": {}, "b": {"log.samples": 9}}}, "arms a, b: equal in every key"),
+        ({"arms": {"a": {}, "b": {"log.samples": 9, "save.keep": 3}}}, "arms a, b: equal in every key"),
         ({"axes": {"kl.beta": []}}, "axes.kl.beta=[]: list should have at least 1 item"),
         ({"axes": {"kl.beta": [0.1, 0.1]}}, "axes: reinforce,beta=0.1 comes twice"),
         ({"axes": {"seed": [1, 2]}}, "seed: the comparison sets it; use seeds: of the comparison"),
