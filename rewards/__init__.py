@@ -10,8 +10,9 @@ from rlkl.config import Source
 from rlkl.rewards.annotations import AnnotationReward
 from rlkl.rewards.combine import WeightedSum
 from rlkl.rewards.function import FunctionReward
+from rlkl.rewards.learned import LearnedReward
 
-REWARDS: dict[str, Any] = {"function": FunctionReward, "annotations": AnnotationReward}
+REWARDS: dict[str, Any] = {"function": FunctionReward, "annotations": AnnotationReward, "learned": LearnedReward}
 
 
 def build(configs: Mapping[str, Source]) -> WeightedSum:
@@ -23,10 +24,21 @@ def build(configs: Mapping[str, Source]) -> WeightedSum:
     return WeightedSum({name: (REWARDS[c.type](name, c), c.weight) for name, c in configs.items()})
 
 
+def check(reward: WeightedSum, tokenizer: Any) -> None:
+    """Let the sources that read token ids check that the policy's tokenizer gives them the same meaning.
+
+    Raises:
+        ValueError: it does not.
+    """
+    for source, _ in reward.sources.values():
+        if hasattr(source, "check"):
+            source.check(tokenizer)
+
+
 def judges(reward: WeightedSum) -> WeightedSum | None:
     """The sources of a reward that can judge new samples, those that read stored spans left out; None without any."""
     able = {name: pair for name, pair in reward.sources.items() if not getattr(pair[0], "stored", False)}
     return WeightedSum(able) if able else None
 
 
-__all__ = ["REWARDS", "WeightedSum", "build", "judges"]
+__all__ = ["REWARDS", "WeightedSum", "build", "check", "judges"]

@@ -172,7 +172,7 @@ def _details(config: Config, rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "## Method\n"
     baseline = "" if config.trainer.type == "token_likelihood" else f", baseline {config.credit.baseline}"
     yield f"- objective: {_method(config)}; reward window {horizon}{baseline}"
-    yield f"- rewards: {', '.join(f'`{name}` = `{s.origin}`' for name, s in config.rewards.items())}"
+    yield f"- rewards: {', '.join(f'`{name}` = `{_public(s.origin)}`' for name, s in config.rewards.items())}"
     if config.holds_beta:
         yield f"- KL: {beta}, held by the loss itself"
     else:
@@ -215,7 +215,7 @@ def _command(argv: list[str]) -> str:
 def _shown(config: Config) -> str:
     """The configuration without absolute paths."""
     tree = dump(config)
-    for section in (tree["model"], tree["data"]):
+    for section in (tree["model"], tree["data"], *tree["rewards"].values()):
         for key in ("path", "reference"):
             if key in section:
                 section[key] = _public(section[key])

@@ -113,6 +113,7 @@ def build(config: Config) -> Lane:
     reward = rewards.build(config.rewards)
     train_rows, held_rows = records(config.data, config.seed)
     model, reference, tokenizer = models.load(config.model, train_rows, config.seed)
+    rewards.check(reward, tokenizer)
     context, length = models.context_length(model), config.rollout.max_new_tokens
     train_prompts, held = (
         PromptSet.tokenise(rows, tokenizer, config.seed, context, length, config.data)

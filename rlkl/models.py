@@ -1,7 +1,8 @@
 """From ``model:`` in the configuration to a causal LM and its tokenizer."""
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import huggingface_hub.utils.logging as hub_logging
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -44,36 +45,61 @@ def from_folder(path: str | Path, dtype: str = "float32", key: str = "model.path
     Raises:
         ValueError: there is no such folder, or it does not hold a whole model and its tokenizer.
     """
+    adapted = (Path(path) / "adapter_config.json").is_file()
+    with _loading(path, key, "a causal LM"):
+        if adapted:
+            from peft import PeftConfig, PeftModel
+
+            # Not AutoPeftModelForCausalLM: it resizes the base where the tokenizer is longer than the vocabulary.
+            base = _whole(AutoModelForCausalLM, PeftConfig.from_pretrained(str(path)).base_model_name_or_path, dtype)
+            model = PeftModel.from_pretrained(base, path, is_trainable=True)
+        else:
+            model = _whole(AutoModelForCausalLM, path, dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    return model, tokenizer
+
+
+def reward_model(path: str | Path, key: str = "path") -> tuple[Any, Any]:
+    """A frozen sequence-classification model with one score, in its own dtype, and its tokenizer.
+
+    Remote code and pickles of strangers are never run. ``key`` is what a mistake is blamed on.
+
+    Raises:
+        ValueError: there is no such folder, or it does not hold such a model, whole, and its tokenizer.
+    """
+    with _loading(path, key, "a sequence-classification model of one label"):
+        if (Path(path) / "adapter_config.json").is_file():
+            raise ValueError("it holds an adapter; merge it into its base")
+        model = _whole(AutoModelForSequenceClassification, path, "auto")
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if model.config.num_labels != 1:
+            raise ValueError(f"it has {model.config.num_labels} labels, not one score")
+        if not hasattr(model, "score") or not hasattr(model, "base_model"):
+            raise ValueError(f"{type(model).__name__} has no score head that reads the last token")
+    return model.eval().requires_grad_(False), tokenizer
+
+
+@contextlib.contextmanager
+def _loading(path: str | Path, key: str, what: str) -> Iterator[None]:
+    """Loading without noise; whatever goes wrong is one line that blames ``key``."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
     local = str(path).startswith((".", "~", "/")) or str(path).count("/") > 1
     if (local or (Path(path).parent.is_dir() and Path(path).parent != Path())) and not Path(path).is_dir():
-        raise ValueError(f"{key}={path}: no such folder; give one with a causal LM and its tokenizer")
-    adapted = (Path(path) / "adapter_config.json").is_file()
+        raise ValueError(f"{key}={path}: no such folder; give one with {what} and its tokenizer")
     try:
-        if adapted:
-            from peft import PeftConfig, PeftModel
-
-            # Not AutoPeftModelForCausalLM: it resizes the base where the tokenizer is longer than the vocabulary.
-            base = _causal_lm(PeftConfig.from_pretrained(str(path)).base_model_name_or_path, dtype)
-            model = PeftModel.from_pretrained(base, path, is_trainable=True)
-        else:
-            model = _causal_lm(path, dtype)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        yield
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         why = str(error).strip().splitlines()[0].split(". ")[0]
         raise ValueError(
             f"{key}={path}: cannot be loaded ({why}); "
-            "give a folder with a causal LM and its tokenizer, or a Hub name while online"
+            f"give a folder with {what} and its tokenizer, or a Hub name while online"
         ) from None
-    return model, tokenizer
 
 
-def _causal_lm(path: str | Path, dtype: str) -> Any:
-    model, found = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, trust_remote_code=False, output_loading_info=True
-    )
+def _whole(kind: Any, path: str | Path, dtype: str) -> Any:
+    model, found = kind.from_pretrained(path, dtype=dtype, trust_remote_code=False, output_loading_info=True)
     if found["missing_keys"]:
         raise ValueError(f"lacks the weights {', '.join(sorted(found['missing_keys'])[:3])}")
     return model

@@ -42,6 +42,7 @@ def evaluate_run(run: str | Path, prompts: int | None, samples: int | None, seed
     config, policy, tokenizer = open_run(run)
     held = _held_out(config, policy.model, tokenizer)
     eos_ids, reward = models.eos_ids(policy.model, tokenizer), rewards.build(config.rewards)
+    rewards.check(reward, tokenizer)
     asked = stored.asked(held) if config.offline else held
     values = evaluate(
         policy,

@@ -16,7 +16,13 @@ with install_import_hook(["rlkl.kl", "rlkl.credit", "rlkl.losses", "rlkl.exact"]
     import rlkl.losses  # noqa: F401
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    set_seed,
+)
 
 from rlkl.tasks.pretrain import train_tokenizer
 
@@ -77,6 +83,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.lm_head.weight[tokenizer.eos_token_id] *= 2.5
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_reward_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random reward model of one layer over the same tokenizer."""
+    return reward_model(tiny_model, tmp_path_factory.mktemp("tiny-reward-model"))
+
+
+def reward_model(base: Path, folder: Path, **changes: Any) -> Path:
+    """The trunk of ``base`` with a random score head, and its tokenizer, in ``folder``."""
+    set_seed(1)
+    model = AutoModelForSequenceClassification.from_pretrained(base, **{"num_labels": 1, **changes})
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     return folder
 
 

@@ -669,6 +669,18 @@ def test_recorded_samples_can_be_replayed_by_another_run(run):
     assert series(live, "reward/train/total")[1] != series(recorded, "reward/train/total")[1]
 
 
+@shows("rewards.learned.path", "rewards.learned.type", "rewards.learned.eos", "rewards.learned.micro_batch")
+def test_a_reward_model_judges_in_pieces_with_or_without_eos(run, tiny_reward_model, monkeypatch):
+    from rlkl import scoring
+
+    sizes = []
+    monkeypatch.setattr(scoring, "pad", lambda rows, pad=scoring.pad: sizes.append(len(rows)) or pad(rows))
+    source = {"type": "learned", "path": str(tiny_reward_model)}
+    whole, pieces, bare = (run({"rewards.rm": {**source, **keys}}) for keys in ({}, {"micro_batch": 1}, {"eos": False}))
+    assert same(whole, pieces) and set(sizes) == {1, 4}
+    assert metrics(whole)[0]["reward/eval/rm"] != metrics(bare)[0]["reward/eval/rm"]
+
+
 # What changes memory and not results
 
 

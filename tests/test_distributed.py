@@ -61,18 +61,20 @@ OBJECTIVES: dict[str, Tree] = {
 }
 
 
-def test_the_gradient_of_two_processes_is_that_of_one(tiny_config: Tree) -> None:
+def test_the_gradient_of_two_processes_is_that_of_one(tiny_config: Tree, tiny_reward_model: Path) -> None:
     tiny_config["rollout"]["prompts"] = 5  # 2 and 3 a process
     tiny_config["train"] = {"steps": 1, "micro_batch": 2}  # 2 and 3 micro-batches a process
-    for name, sections in OBJECTIVES.items():
+    learned: Tree = {"rewards": {"rm": {"type": "learned", "path": str(tiny_reward_model), "weight": 0.3}}}
+    objectives = OBJECTIVES | {"learned": learned}
+    for name, sections in objectives.items():
         tree = {**tiny_config, **{k: {**tiny_config.get(k, {}), **v} for k, v in sections.items()}}
         Path(f"{name}.yaml").write_text(yaml.safe_dump(tree))
-    configs = [f"{name}.yaml" for name in OBJECTIVES]
+    configs = [f"{name}.yaml" for name in objectives]
     for folder in ("one", "two"):
         Path(folder).mkdir()
     gradients("one", configs)
     torchrun(2, str(HERE / "ranks.py"), "two", *configs)
-    for name in OBJECTIVES:
+    for name in objectives:
         one, two = (load_file(f"{folder}/{name}.safetensors") for folder in ("one", "two"))
         assert one.keys() == two.keys()
         scale = max(float(g.abs().max()) for g in one.values())

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from rlkl.config import stored
+from rlkl.config import direct, stored
 from rlkl.config.base import Positive, Section
 from rlkl.config.data import AnnotatedData, Data, DatasetsData, FactsData, JsonlData, SplitData, StoredData, TableData
 from rlkl.config.model import FactsModel, LoraConfig, Model, ModelSection, PretrainedModel, TinyModel
@@ -20,6 +20,7 @@ from rlkl.config.objective import (
     DPOTrainer,
     FunctionSource,
     KLConfig,
+    LearnedSource,
     PPOTrainer,
     ReinforceTrainer,
     Source,
@@ -156,12 +157,7 @@ class Config(Section):
             self._check_valued(self.trainer)
         if self.trainer.type == "ppo":
             self._check_ppo(self.trainer)
-        if self.trainer.type == "token_likelihood":
-            self._check_likelihood(self.trainer)
-        if self.trainer.type == "dpo":
-            self._check_dpo()
-        if self.holds_beta:
-            self._check_held_beta()
+        direct.check(self)
         if self.data.type == "facts" and self.model.type == "tiny":
             raise ValueError("model.type=tiny with data.type=facts: facts has a base model; use model.type=facts")
         return self
@@ -189,56 +185,6 @@ class Config(Section):
         if self.trainer.type == "token_likelihood":
             return self.trainer.loss in self.trainer.holding_beta
         return self.trainer.type == "dpo"
-
-    def _check_held_beta(self) -> None:
-        kl = self.kl
-        if kl.placement == "loss" or kl.beta == 0 or kl.target is not None or kl.window is not None:
-            what = (
-                f"trainer.loss={self.trainer.loss}" if self.trainer.type == "token_likelihood" else "trainer.type=dpo"
-            )
-            raise ValueError(
-                f"kl with {what}: this loss holds kl.beta itself, above 0 and fixed; "
-                "a further KL is refused: leave placement, estimator, window and target out"
-            )
-
-    def _check_credit(self, read: set[str], why: str) -> None:
-        """Refuse keys of credit that this trainer does not read."""
-        usual = CreditConfig()
-        for name in CreditConfig.model_fields.keys() - read:
-            if getattr(self.credit, name) != getattr(usual, name):
-                key = CreditConfig.model_fields[name].alias or name
-                raise ValueError(
-                    f"credit.{key}={getattr(self.credit, name)} with trainer.type={self.trainer.type}: {why}; "
-                    "drop the key"
-                )
-
-    def _check_dpo(self) -> None:
-        """Pairs must come out even, and there are no returns."""
-        samples, rows = self.rollout.samples_per_prompt, self.train.micro_batch
-        if samples % 2:
-            raise ValueError(
-                f"rollout.samples_per_prompt={samples} with trainer.type=dpo: samples are compared two by two; "
-                "use an even number"
-            )
-        if rows % 2:
-            raise ValueError(
-                f"train.micro_batch={rows} with trainer.type=dpo: a pair stays together; use an even number"
-            )
-        self._check_credit(set(), "preferences are of whole completions, without returns or baseline")
-
-    def _check_likelihood(self, trainer: TokenLikelihoodTrainer) -> None:
-        """Likelihood has windows, but no returns: refuse what would be ignored, and KL where it means nothing."""
-        self._check_credit(
-            {"horizon", "gamma", "ema_decay", "lambda_"},
-            "it weighs tokens by the sum over their window, without baseline or advantage",
-        )
-        if self.holds_beta:
-            return
-        if self.kl.beta > 0 and self.kl.estimator not in ("exact", "exact_local", "exact_forward"):
-            raise ValueError(
-                f"kl.estimator={self.kl.estimator} with trainer.type=token_likelihood: there is no return to put it "
-                "in; use kl.placement=loss with exact, exact_local or (signed) exact_forward, or kl.beta=0"
-            )
 
     def _check_valued(self, trainer: ReinforceTrainer | PPOTrainer) -> None:
         """Refuse keys of a value that nothing learns."""
@@ -284,6 +230,7 @@ __all__ = [
     "FunctionSource",
     "JsonlData",
     "KLConfig",
+    "LearnedSource",
     "LogConfig",
     "LoraConfig",
     "Model",

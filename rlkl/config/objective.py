@@ -80,6 +80,30 @@ class AnnotationsSource(Section):
         return self.labeller or "spans stored with the data"
 
 
+class LearnedSource(Section):
+    """A reward model: a sequence-classification model with one label scores prompt and completion at the last token.
+
+    It must have the policy's tokenizer; its score is paid at the last policy token, one query a completion.
+    """
+
+    type: Literal["learned"]
+    path: str = Field(
+        description="local folder or Hub name; facts = the embedded reward model, trained once (about a minute)"
+    )
+    eos: bool = Field(
+        True,
+        description="what is judged ends by one EOS, as in training by trl's RewardTrainer; false = without: for "
+        "models that never saw one, or whose pad token is EOS, so that transformers read the token before it",
+    )
+    micro_batch: Positive = Field(64, description="completions scored together; changes memory, not results")
+    weight: float = Field(1.0, description="in the sum of the sources; 0 = only watched")
+
+    @property
+    def origin(self) -> str:
+        """Where the scores come from."""
+        return self.path
+
+
 class ReinforceTrainer(Section):
     """REINFORCE: the policy gradient on the samples that the policy just drew."""
 
@@ -238,7 +262,7 @@ class KLConfig(Section):
         return self.window or ("full" if horizon is None else "anchored")
 
 
-Source = Annotated[FunctionSource | AnnotationsSource, Field(discriminator="type")]
+Source = Annotated[FunctionSource | AnnotationsSource | LearnedSource, Field(discriminator="type")]
 TrainerConfig = Annotated[
     ReinforceTrainer | PPOTrainer | TokenLikelihoodTrainer | DPOTrainer, Field(discriminator="type")
 ]

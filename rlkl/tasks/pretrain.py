@@ -133,8 +133,8 @@ def pretrain(
         tokenizer.save_pretrained(folder)
         job = {"pieces": pieces, "steps": steps, "batch": batch, "lr": lr, "seed": seed}
         (folder / "job.json").write_text(json.dumps(job))
-        _run_apart(folder)
-        with _no_progress_bars():
+        run_apart("rlkl.tasks.pretrain", folder)
+        with no_progress_bars():
             return LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
 
 
@@ -155,7 +155,7 @@ def cached(name: str, recipe: Mapping[str, Any], build: Callable[[Path], None]) 
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=root) as temporary:
         part = Path(temporary) / "part"
         part.mkdir()
-        with _no_progress_bars():
+        with no_progress_bars():
             build(part)
         (part / "recipe.json").write_text(json.dumps(recipe, indent=2, sort_keys=True))
         try:
@@ -184,7 +184,7 @@ def _pieces(document: Document, tokenizer: PreTrainedTokenizerFast, context: int
 
 
 @contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Silence transformers' bars for loading and saving."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -195,13 +195,18 @@ def _no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _run_apart(folder: Path) -> None:
-    """Run this module on a job folder, in a process that sees one CPU thread, no GPU and no launcher."""
+def run_apart(module: str, *folders: Path) -> None:
+    """Run a module on folders, the first of which holds its job, in a process that sees one CPU thread, no GPU and no
+    launcher.
+
+    Raises:
+        RuntimeError: it failed; the message ends with what it wrote.
+    """
     environment = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS)}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
     environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
-    command = [sys.executable, "-m", "rlkl.tasks.pretrain", str(folder)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", module, *map(str, folders)]
+    done = subprocess.run(command, cwd=folders[0], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"training the tiny model failed (exit {done.returncode}):\n{done.stderr[-2000:]}")
 

@@ -1,0 +1,174 @@
+"""A reward model as a source: what it reads, where it is paid, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Tree, metrics, reward_model
+from models import CHUNKED, EOS, build, make_rollout
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import rlkl
+from rlkl import RunError, scoring
+from rlkl.config import LearnedSource
+from rlkl.rewards.learned import LearnedReward
+from rlkl.tasks.pretrain import train_tokenizer
+
+ROWS = [[7, 11, 3, 8, EOS], [9], [12, 4, EOS, 20, 33, 41, EOS, EOS], [64, 30, 2]]
+
+
+def alone(model: Any, row: list[int]) -> float:
+    """The model's own score of a row without padding; without a pad id, it reads the last place."""
+    model.config.get_text_config().pad_token_id = None
+    with torch.no_grad():
+        return float(model(input_ids=torch.tensor([row])).logits)
+
+
+def classifier(name: str, folder: Path) -> Any:
+    build(name).save_pretrained(folder)
+    torch.manual_seed(2)
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+@pytest.mark.parametrize("pad_id", [None, 0, EOS])
+def test_a_row_is_scored_at_its_last_place_whatever_the_pad_id(name: str, pad_id: int | None, tmp_path: Path) -> None:
+    model = classifier(name, tmp_path)
+    expected = [alone(model, row) for row in ROWS]
+    model.config.get_text_config().pad_token_id = pad_id
+    for micro_batch in (1, 3, 64):
+        assert scoring.scores(model, ROWS, micro_batch).tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert len(set(expected)) == len(ROWS)
+
+
+def source(path: Path, **keys: Any) -> LearnedReward:
+    return LearnedReward("rm", LearnedSource(type="learned", path=str(path), **keys))
+
+
+def texts(reward: LearnedReward) -> tuple[Any, int]:
+    """A rollout on the tiny vocabulary; the first and third completions end by EOS."""
+    end = reward.tokenizer.eos_token_id
+    return make_rollout([[5, 6], [7], [8, 9, 10]], [[20, 21, end], [22, 23], [end]]), end
+
+
+def ended(rollout: Any, end: int) -> Any:
+    from dataclasses import replace
+
+    return replace(rollout, end_B=torch.tensor([0, 2, 0]))  # make_rollout knows another EOS
+
+
+def test_what_is_judged_ends_by_one_eos_and_is_paid_at_the_last_policy_token(tiny_reward_model: Path) -> None:
+    reward = source(tiny_reward_model)
+    rollout, end = texts(reward)
+    result = reward(ended(rollout, end))
+    rows = [[5, 6, 20, 21, end], [7, 22, 23, end], [8, 9, 10, end]]
+    expected = [alone(reward.model, row) for row in rows]
+    assert result.value_BT.sum(-1).tolist() == pytest.approx(expected, rel=1e-5)
+    assert result.scored_BT.tolist() == [[False, False, True], [False, True, False], [True, False, False]]
+    assert torch.equal(result.value_BT != 0, result.scored_BT) and result.queries == 3
+    bare = source(tiny_reward_model, eos=False)(ended(rollout, end))
+    expected = [alone(reward.model, row[:-1]) for row in rows]
+    assert bare.value_BT.sum(-1).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_it_is_frozen_in_its_own_dtype_and_its_dropout_is_off(tiny_model: Path, tmp_path: Path) -> None:
+    reward = source(reward_model(tiny_model, tmp_path, dtype=torch.bfloat16))
+    assert {p.dtype for p in reward.model.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in reward.model.parameters()) and not reward.model.training
+    rollout, end = texts(reward)
+    assert reward(ended(rollout, end)).value_BT.dtype == torch.float32
+
+
+def test_a_run_learns_from_it(tiny_config: Tree, tiny_reward_model: Path) -> None:
+    tiny_config["rewards"] = {
+        "rm": {"type": "learned", "path": str(tiny_reward_model), "weight": 2.0},
+        "varied": {**tiny_config["rewards"]["varied"], "weight": 0},
+    }
+    run = rlkl.train(tiny_config)
+    rows = metrics(run)
+    assert rows[1]["reward/train/total"] == pytest.approx(2 * rows[1]["reward/train/rm"])
+    assert rows[1]["policy/grad_norm"] > 0 and rows[-1]["reward/queries"] == 8
+    card = (run / "final" / "README.md").read_text(encoding="utf-8")
+    assert str(tiny_reward_model.parent) not in card and tiny_reward_model.name in card
+
+
+def spoilt(folder: Path, change: Any) -> Path:
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        change(model.score.weight)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_score_that_is_not_finite_stops_the_run(tiny_model: Path, tmp_path: Path) -> None:
+    reward = source(spoilt(reward_model(tiny_model, tmp_path), lambda w: w.fill_(torch.nan)))
+    rollout, end = texts(reward)
+    with pytest.raises(RunError, match="reward rm: sample 0 got nan; every completion needs a finite score"):
+        reward(ended(rollout, end))
+
+
+def test_a_completion_beyond_its_context_stops_the_run(tiny_reward_model: Path) -> None:
+    reward = source(tiny_reward_model)
+    with pytest.raises(RunError, match="reward rm: sample 0 has 65 tokens with its prompt, and the model reads"):
+        reward(make_rollout([[5] * 10], [[6] * 54]))
+
+
+def test_another_tokenizer_is_refused(tiny_config: Tree, tiny_model: Path, tmp_path: Path) -> None:
+    folder = reward_model(tiny_model, tmp_path / "rm")
+    train_tokenizer(["other words altogether, and other merges"], 270).save_pretrained(folder)
+    tiny_config["rewards"] = {"rm": {"type": "learned", "path": str(folder)}}
+    with pytest.raises(ValueError, match=r"rewards\.rm\.path=.*its tokenizer is not the policy's \(token '.*' is"):
+        rlkl.train(tiny_config)
+    assert not Path("runs").exists()
+
+
+def two_labels(base: Path, folder: Path) -> Path:
+    return reward_model(base, folder, num_labels=2)
+
+
+def causal_lm(base: Path, folder: Path) -> Path:
+    return base
+
+
+def adapter(base: Path, folder: Path) -> Path:
+    (reward_model(base, folder) / "adapter_config.json").write_text("{}")
+    return folder
+
+
+def nothing(base: Path, folder: Path) -> Path:
+    return folder / "nowhere"
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (two_labels, "it has 2 labels, not one score"),
+        (causal_lm, "lacks the weights score.weight"),
+        (adapter, "it holds an adapter; merge it into its base"),
+        (nothing, "no such folder"),
+    ],
+)
+def test_what_is_no_reward_model_is_refused(make: Any, why: str, tiny_model: Path, tmp_path: Path) -> None:
+    path = make(tiny_model, tmp_path / "rm")
+    with pytest.raises(ValueError, match=rf"^rewards\.rm\.path=.*{why}"):
+        source(path)
+
+
+def test_a_tokenizer_without_eos_needs_eos_false(tiny_model: Path, tmp_path: Path) -> None:
+    folder = reward_model(tiny_model, tmp_path / "rm")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"rewards\.rm\.eos=true: .* has no EOS; set eos=false"):
+        source(folder)
+    assert source(folder, eos=False).context == 64
+
+
+def test_the_policy_and_the_rewards_of_a_finished_run_can_be_evaluated(
+    tiny_config: Tree, tiny_reward_model: Path
+) -> None:
+    from rlkl import runs
+
+    tiny_config["rewards"]["rm"] = {"type": "learned", "path": str(tiny_reward_model)}
+    assert "reward/eval/rm" in runs.evaluate_run(rlkl.train(tiny_config), None, None, None)
