@@ -13,7 +13,7 @@ from rlkl import settings
 from rlkl.config import Config, PretrainedModel, dump
 from rlkl.tracking import read_rows
 
-UNMARKED = "unmarked"  # as in rlkl.moved, which loads torch
+SPANS = {"marked": "tokens in any span", "unmarked": "tokens in no span"}  # names that rlkl.moved gives
 
 METHODS = {"reinforce": "REINFORCE", "ppo": "PPO", "token_likelihood": "token likelihood", "dpo": "DPO"}
 PAPERS = {
@@ -130,10 +130,7 @@ def _results(config: Config, rows: list[dict[str, Any]]) -> Iterator[str]:
     for kind, what in (("logp", "log p"), ("change", "change of log p")):
         labels = [key.split("/", 2)[2] for key in last if key.startswith(f"annotated/{kind}/")]
         names += [
-            (
-                f"annotated/{kind}/{label}",
-                f"{what}, tokens marked `{label}`" if label != UNMARKED else f"{what}, unmarked tokens",
-            )
+            (f"annotated/{kind}/{label}", f"{what}, {SPANS.get(label, f'tokens marked `{label}`')}")
             for label in labels
             if not label.endswith("_stderr")
         ]

@@ -31,7 +31,8 @@ METRICS: dict[str, tuple[str, str]] = {
         "log pi of the tokens that spans of this label mark, mean over tokens, on a fixed set of annotated "
         "completions: the held-out records of stored data, or else the base model's own held-out samples, labelled "
         "once (by every labeller of rewards:, those of weight 0 too; no training queries). `unmarked` are the tokens "
-        "in no span; a label of several sources is `<source>.<label>`",
+        "in no span, `marked`, where there are several labels, those in any; a label of several sources is "
+        "`<source>.<label>`",
     ),
     "annotated/logp/<label>_stderr": ("nats a token", "its standard error over completions (ratio estimator)"),
     "annotated/change/<label>": ("nats a token", "the same mean of log pi - log pi0, token by token"),

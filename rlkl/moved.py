@@ -24,15 +24,16 @@ from rlkl.evaluate import chunks, join
 from rlkl.reduce import global_sum
 from rlkl.types import Rollout
 
-UNMARKED = "unmarked"
+UNMARKED, MARKED = "unmarked", "marked"
 Tokens = list[list[tuple[str, Sequence[int]]]]
 """For every completion, labels with the places of the tokens that each marks."""
 
 
 @dataclass(frozen=True)
 class Marked:
-    """Completions of this process, and the tokens that each label marks; ``unmarked`` are those of none.
+    """Completions of this process, and the tokens that each label marks.
 
+    ``unmarked`` are those of no label, ``marked``, where there are several, those of any.
     The names are the same on every process.
     """
 
@@ -87,7 +88,7 @@ def mark(rollout: Rollout, judged: Mapping[str, Tokens]) -> Marked:
     labels = [label for _, label in pairs]
     masks: dict[str, Tensor] = {}
     for source, label in pairs:
-        clash = labels.count(label) > 1 or label == UNMARKED
+        clash = labels.count(label) > 1 or label in (UNMARKED, MARKED)
         mask_BT = torch.zeros(rollout.tokens_BT.shape, dtype=torch.bool)
         for i, row in enumerate(judged.get(source, [])):
             for given, places in row:
@@ -95,7 +96,8 @@ def mark(rollout: Rollout, judged: Mapping[str, Tokens]) -> Marked:
                     mask_BT[i, list(places)] = True
         masks[f"{source}.{label}" if clash else label] = mask_BT.to(rollout.tokens_BT.device) & rollout.policy_mask_BT
     some_BT = torch.stack([*masks.values(), torch.zeros_like(rollout.policy_mask_BT)]).any(0)
-    return Marked(rollout, {**masks, UNMARKED: rollout.policy_mask_BT & ~some_BT})
+    both = {MARKED: some_BT} if len(masks) > 1 else {}
+    return Marked(rollout, {**masks, **both, UNMARKED: rollout.policy_mask_BT & ~some_BT})
 
 
 @torch.no_grad()

@@ -1,9 +1,11 @@
 """The arithmetic of a run, and what ``--dry-run`` prints. Torch-free."""
 
+from collections.abc import Iterator
+
 import yaml
 
 from rlkl import memory
-from rlkl.config import Config, dump
+from rlkl.config import AnnotationsSource, Config, dump
 
 
 def describe(config: Config) -> str:
@@ -11,7 +13,8 @@ def describe(config: Config) -> str:
     rule = f"KL:          {penalty(config)}"
     tree = yaml.safe_dump(dump(config), sort_keys=False, allow_unicode=True)
     first, *table = memory.lines(config)
-    return "\n".join([tree, *(f"# {text}" for text in [*arithmetic(config), rule, f"memory:      {first}", *table])])
+    said = [*arithmetic(config), rule, *hazards(config), f"memory:      {first}", *table]
+    return "\n".join([tree, *(f"# {text}" for text in said)])
 
 
 def penalty(config: Config) -> str:
@@ -39,3 +42,48 @@ def arithmetic(config: Config, ranks: int = 1) -> list[str]:
         f"the run:     {steps} steps, {steps * batch} completions, at most {steps * batch * r.max_new_tokens} tokens",
         f"evaluation:  {evaluations} x at most {e.prompts * e.samples_per_prompt} completions",
     ]
+
+
+def hazards(config: Config) -> Iterator[str]:
+    """Where a likelihood loss has no optimum, a metastable one, or one that its data cannot show."""
+    trainer, kl = config.trainer, config.kl
+    if trainer.type != "token_likelihood":
+        return
+    worst = -min(_weights(config), default=0.0)
+    if trainer.loss == "signed" and worst > 0:
+        said = f"warning: trainer.loss=signed with weights down to {-worst:g}: unbounded below"
+        if kl.beta == 0:
+            yield f"{said}, and kl.beta=0 holds nothing; use trainer.loss=unlikelihood"
+        elif kl.estimator != "exact_forward":
+            yield (
+                f"{said}; reverse KL does not bound it: where there is an optimum it is metastable, and one step "
+                "too far falls out of it; use trainer.loss=unlikelihood, or kl.estimator=exact_forward"
+            )
+        else:
+            need = worst / kl.beta
+            what = f"above {need:.3g}" if need < 1 else f"above {need:.3g}, which no token has"
+            yield (
+                f"{said}, unless kl.beta * pi0 > |weight| at every bad token, that is pi0 {what}; "
+                "raise kl.beta, or use trainer.loss=unlikelihood"
+            )
+    if trainer.loss == "npo" and trainer.kappa < 1 and worst > 0:
+        yield (
+            f"warning: trainer.loss=npo with kappa={trainer.kappa:g}: below 1 its optimum is metastable under reverse "
+            "KL, and one step too far falls out of it; use kappa=1"
+        )
+    if config.offline and trainer.loss == "rwr":
+        yield "note: trainer.loss=rwr takes stored completions for samples of the reference; others teach another law"
+    if config.offline and trainer.learned_offset and trainer.offset == "state":
+        yield (
+            "note: trainer.offset=state: where stored completions annotate one token a prefix, as spans do, a learned "
+            "offset of the state absorbs the signal; use offset=none or prompt"
+        )
+
+
+def _weights(config: Config) -> Iterator[float]:
+    """What tokens may weigh, as far as the configuration says; -1 stands for the scores of a function."""
+    for source in config.rewards.values():
+        if isinstance(source, AnnotationsSource):
+            yield from (source.weight * w for w in (*source.weights.values(), source.unmarked or 0.0))
+        elif source.weight:
+            yield -abs(source.weight)

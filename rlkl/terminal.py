@@ -31,6 +31,7 @@ def notices(lane: Lane, accelerator: Accelerator) -> Iterator[str]:
     yield lane.train_prompts.lengths()
     yield from () if lane.stored is None else lane.stored.notes
     yield f"KL: beta {config.kl.beta:g}, {summary.penalty(config)}"
+    yield from summary.hazards(config)
     if warning := mismatch(accelerator):
         yield warning
     if config.model.dtype == "bfloat16" and config.model.lora is None:
@@ -58,8 +59,9 @@ def evaluation_line(step: int, metrics: Mapping[str, float]) -> str:
     """An evaluation on one line: rewards and what annotations moved, with standard errors, and canonical KL; nats."""
     rewards = [k for k in metrics if k.startswith("reward/eval/") and f"{k}_stderr" in metrics]
     parts = [f"{k.removeprefix('reward/eval/')} {metrics[k]:.3f} ± {metrics[f'{k}_stderr']:.3f}" for k in rewards]
-    for key in (k for k in metrics if k.startswith("annotated/change/") and f"{k}_stderr" in metrics):
-        label = key.removeprefix("annotated/change/")
+    labels = [k.split("/", 2)[2] for k in metrics if k.startswith("annotated/change/") and f"{k}_stderr" in metrics]
+    for label in ("marked", "unmarked") if "marked" in labels else labels:
+        key = f"annotated/change/{label}"
         parts.append(f"Δlog p {label} {metrics[key]:+.3f} ± {metrics[f'{key}_stderr']:.3f}")
     kl = f"KL {metrics['kl/sequence']:.3f} ± {metrics['kl/sequence_stderr']:.3f} nats/sequence"
     return f"eval @ {step}: " + "  ".join([*parts, kl, f"length {metrics['policy/eval/length']:.1f}"])
