@@ -283,6 +283,23 @@ def test_prompts_come_from_the_mapped_column_of_the_file(tiny_config):
     assert sorted(train + held) == ["Q0", "Q1", "Q2", "Q3"]
 
 
+@shows("data.annotated.prompt")
+def test_another_column_may_be_the_prompt_of_annotated_data(tiny_config):
+    rows = [{"id": str(i), "prompt": "long", "short": f"{i}:", "completion": "a", "spans": []} for i in range(4)]
+    write_jsonl("stored.jsonl", rows)
+    offline = {
+        "data": {"type": "annotated", "path": "stored.jsonl", "prompt": "short"},
+        "rewards": {"spans": {"type": "annotations", "weights": {"x": -1.0}}},
+        "trainer": {"type": "token_likelihood"},
+        "kl": {"beta": 0},
+        "rollout": {"prompts": 2, "max_new_tokens": 6},
+    }
+    lane = build(settings.load({**tiny_config, **offline}))
+    assert lane.stored is not None
+    prompts = [row["prompt"] for row in (*lane.train_prompts.records, *lane.stored.prompts.records)]
+    assert all(prompt.endswith(":") for prompt in prompts)
+
+
 @shows("data.annotated.type", "data.path")
 def test_annotated_data_are_learned_from_as_they_are_stored(run):
     rows = [

@@ -108,6 +108,7 @@ def test_qa_feedback_becomes_prompt_completion_spans_and_columns(tmp_path):
     assert record.id == "qa-feedback-1"
     assert record.completion[6:11] == "Paris"
     assert record.spans == (Span(6, 11, "Irrelevant"),)
+    assert record.columns["passages"] == "Title\nFirst.  Second.\n\nOther\nThird."
     assert record.columns["predictions"] == ["It is Paris.", "b", "c", "d"]
     assert record.columns["preference"] == [0, 1, 2, 1, 0, 2]
     assert record.columns["corrected_prediction"] == "Hers."

@@ -236,6 +236,7 @@ def test_runs_are_repeatable_and_evaluated_again(offline: Tree) -> None:
         ("rewards.spans.weights={good: 1}", "rewards.spans.weights: none for 'bad' (record '"),
         ("data.held_out=missing.jsonl", "missing.jsonl: no such file"),
         ("data.max_prompt_tokens=2", "prompts are too long"),
+        ("data.prompt=nope", "record '0': no text in column 'nope' (columns: id, prompt, completion, spans, gold)"),
     ],
 )
 def test_mistakes_are_one_line_before_the_start(
@@ -285,3 +286,33 @@ def test_asked_keeps_the_first_of_equal_prompts() -> None:
     assert kept.records == [{"prompt": "a", "gold": 0}, {"prompt": "b", "gold": 1}]
     assert kept.ids == [[97], [98]]
     assert json.dumps(rows)
+
+
+# Real feedback
+
+QA = HERE.parent.parent / "shared" / "data" / "qa_feedback_a.jsonl"
+
+
+@pytest.mark.skipif(
+    not QA.is_file(), reason="needs ../shared/data/qa_feedback_a.jsonl, which is no part of the project"
+)
+@pytest.mark.parametrize("loss", ["unlikelihood", "signed"])
+def test_human_error_spans_reach_the_loss_and_the_report(
+    loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commands of configs/annotated.yaml on the real file, with a smaller model and fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RLKL_CACHE", str(tmp_path / "cache"))
+    assert cli.main(["data", "import", "qa-feedback", str(QA), "-o", "ann.jsonl"]) == 0
+    small = ["model.hidden=16", "model.layers=1", "model.steps=2", "train.steps=2", "log.with=[]"]
+    small += ["evaluate.prompts=2", "rollout.max_new_tokens=64", "optimiser.learning_rate=0.01", f"trainer.loss={loss}"]
+    config = str(HERE.parent / "configs" / "annotated.yaml")
+    assert cli.main(["train", config, "data.path=ann.jsonl", *small]) == 0
+    said = capsys.readouterr().out
+    assert "167 records (83 held out, evaluated on 2 prompts)" in said
+    assert ("warning: trainer.loss=signed" in said) == (loss == "signed")
+    rows = metrics(Path("runs/annotated"))
+    kinds = {"Irrelevant", "Unverifiable", "Wrong-Grounding", "Redundant", "marked", "unmarked"}
+    assert {f"annotated/logp/{kind}_stderr" for kind in kinds} <= rows[-1].keys()
+    assert rows[-1]["annotated/change/marked"] < 0
+    assert rows[-1]["reward/queries"] == 32

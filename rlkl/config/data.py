@@ -87,6 +87,9 @@ class AnnotatedData(StoredData):
     trainers = ("token_likelihood",)
 
     type: Literal["annotated"]
+    prompt: str | None = Field(
+        None, description="column of texts that takes the place of the prompt, such as a shorter one; null = the prompt"
+    )
 
 
 Data = Annotated[FactsData | JsonlData | DatasetsData | AnnotatedData, Field(discriminator="type")]

@@ -50,13 +50,14 @@ def qa_feedback(path: Path, offsets: Offsets, source: None, notes: list[str]) ->
             spans.append(read_span(at, completion, *bounds, take(at, error, "error type", str), offsets))
         columns = {
             "question": take(where, row, "question", str),
+            "passages": _passages(where, row),
             "gold": take(where, row, "gold", str),
             "predictions": [take(where, row, f"prediction {n}", str) for n in (1, 2, 3, 4)],
             "preference": take(where, row, "preference", list),
             "corrected_prediction": take(f"{where}: feedback", feedback, "corrected-prediction", str),
             "missing_info": take(f"{where}: feedback", feedback, "missing-info", list),
         }
-        prompt = QA_PROMPT.format(passages=_passages(where, row), question=columns["question"])
+        prompt = QA_PROMPT.format(passages=columns["passages"], question=columns["question"])
         name = f"qa-feedback-{number}"
         yield where, annotated.build(where, name, {"prompt": prompt}, completion, spans, columns=columns)
 

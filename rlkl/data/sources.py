@@ -24,13 +24,27 @@ def read(config: JsonlData | DatasetsData | AnnotatedData, held_out: str | None 
         ValueError: the source cannot be read or is empty, or a record lacks its prompt.
     """
     if isinstance(config, AnnotatedData):
-        return [annotated.row(record) for record in annotated.read(Path(held_out or config.path))]
+        return list(_annotated(config, Path(held_out or config.path)))
     if isinstance(config, JsonlData):
         path, key = Path(held_out or config.path), "held_out" if held_out else "path"
         rows = files.lines(path, f"data.{key} names a .jsonl file, one JSON object a line")
         return _checked(rows, config, str(path))
     split = held_out or config.split
     return _checked(_table(config, split), config, f"{config.path}[{split}]")
+
+
+def _annotated(config: AnnotatedData, path: Path) -> Iterator[Record]:
+    for record in annotated.read(path):
+        row = annotated.row(record)
+        if config.prompt is not None:
+            if (text := _text(row.get(config.prompt))) is None:
+                known = ", ".join(row)
+                raise ValueError(
+                    f"{path}: record {record.id!r}: no text in column {config.prompt!r} (columns: {known}); "
+                    "name another in data.prompt"
+                )
+            row = {key: value for key, value in row.items() if key != "messages"} | {"prompt": text}
+        yield row
 
 
 def _table(config: DatasetsData, split: str) -> Iterator[tuple[str, Any]]:
