@@ -62,7 +62,8 @@ def labelled(rollout: Rollout, sources: Mapping[str, tuple[Any, float]]) -> Mark
 
 def keep(marked: Marked, folder: Path, main: bool) -> None:
     """Write new samples with their marks to ``held_out/`` of a run's folder, for when it is resumed."""
-    places = {n: [row.nonzero().flatten().tolist() for row in m] for n, m in marked.mask_BT.items() if n != UNMARKED}
+    labels = {name: mask_BT for name, mask_BT in marked.mask_BT.items() if name not in (MARKED, UNMARKED)}
+    places = {name: [row.nonzero().flatten().tolist() for row in mask_BT] for name, mask_BT in labels.items()}
     rows = [[{"label": n, "tokens": held[i]} for n, held in places.items()] for i in range(len(marked.rollout))]
     columns = {"prompt": marked.rollout.columns["prompt"], "spans": rows}
     mine = replace(marked.rollout.to(torch.device("cpu")), decode=None, columns=columns)

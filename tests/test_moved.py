@@ -1,6 +1,7 @@
 """What annotations moved: means and errors computed by hand; and the warnings of losses without a good optimum."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,14 @@ def test_labels_of_two_sources_are_told_apart_and_unmarked_is_taken() -> None:
 def test_only_policy_tokens_count_and_an_empty_label_is_left_out() -> None:
     marked = moved.mark(rollout(), {"a": [[], [("late", [2])], []]})
     assert not any("late" in key for key in moved.measure(policy, marked))
+
+
+def test_what_is_kept_for_a_resumed_run_is_read_back_as_it_was(tmp_path: Path) -> None:
+    marked = moved.mark(replace(rollout(), columns={"prompt": ["p"] * 3}), {"a": JUDGED, "b": [[("bad", [0])], [], []]})
+    moved.keep(marked, tmp_path, main=True)
+    again = moved.kept(tmp_path, 0, 1, torch.device("cpu"))
+    assert again is not None and again.mask_BT.keys() == marked.mask_BT.keys()
+    assert all(torch.equal(again.mask_BT[name], mask_BT) for name, mask_BT in marked.mask_BT.items())
 
 
 def test_without_a_labeller_nothing_is_marked() -> None:
