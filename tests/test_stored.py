@@ -305,7 +305,13 @@ def test_human_error_spans_reach_the_loss_and_the_report(
     monkeypatch.setenv("RLKL_CACHE", str(tmp_path / "cache"))
     assert cli.main(["data", "import", "qa-feedback", str(QA), "-o", "ann.jsonl"]) == 0
     small = ["model.hidden=16", "model.layers=1", "model.steps=2", "train.steps=2", "log.with=[]"]
-    small += ["evaluate.prompts=2", "rollout.max_new_tokens=64", "optimiser.learning_rate=0.01", f"trainer.loss={loss}"]
+    small += [
+        "evaluate.prompts=2",
+        "optimiser.warmup_steps=0",
+        "rollout.max_new_tokens=64",
+        "optimiser.learning_rate=0.01",
+        f"trainer.loss={loss}",
+    ]
     config = str(HERE.parent / "configs" / "annotated.yaml")
     assert cli.main(["train", config, "data.path=ann.jsonl", *small]) == 0
     said = capsys.readouterr().out
