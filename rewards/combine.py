@@ -22,6 +22,9 @@ class WeightedSum:
 
     def __call__(self, rollout: Rollout) -> TokenRewards:
         """The sum; ``shares`` hold what each source gave, before its weight."""
+        if not self.sources:  # preferences need none
+            none_BT = torch.zeros_like(rollout.policy_mask_BT)
+            return TokenRewards(none_BT.to(torch.get_default_dtype()), none_BT)
         parts = {name: reward(rollout) for name, (reward, _) in self.sources.items()}
         weighted = [weight * parts[name].value_BT for name, (_, weight) in self.sources.items()]
         counted = [part.scored_BT if self.sources[n][1] else part.scored_BT & False for n, part in parts.items()]

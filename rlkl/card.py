@@ -115,8 +115,8 @@ def _method(config: Config) -> str:
 
 
 def _feedback(config: Config) -> str:
-    if not config.rewards:
-        return "annotated tokens"
+    if config.data.type == "pairs":
+        return "stored preference pairs"
     if config.offline:
         return "stored completions with annotated spans"
     parts = [f"`{name}`" + (f" (weight {s.weight:g})" if s.weight != 1 else "") for name, s in config.rewards.items()]

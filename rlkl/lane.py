@@ -53,14 +53,18 @@ class Lane:
     signature: recording.Signature | None = None
     stored: Stored | None = None
     marked: moved.Marked | None = None
+    held_pairs: Rollout | None = None
 
     def place(self, accelerator: Accelerator) -> None:
         """Move to the accelerator's device. ``forward`` is the prepared policy, the only one to be called."""
         self.forward, self.optimiser = accelerator.prepare(self.policy, self.optimiser)
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         if self.stored is not None:
-            held = recording.share(self.stored.held, self.rank, self.ranks)
-            self.marked = moved.stored(held.to(accelerator.device))
+            held = recording.share(self.stored.held, self.rank, self.ranks).to(accelerator.device)
+            if held.pair_B is None:
+                self.marked = moved.stored(held)
+            else:
+                self.held_pairs = held
 
     def state(self) -> dict[str, Any]:
         """What changes from step to step beside weights and optimiser: plain numbers. ``step`` is the last one done."""

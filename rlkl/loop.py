@@ -312,6 +312,9 @@ def assess(lane: Lane, tracker: tracking.Tracker, step: int, metrics: Mapping[st
     if lane.marked is not None:
         shifts = moved.measure(lane.forward, lane.marked, config.train.micro_batch)
         result = replace(result, metrics=result.metrics | shifts)
+    if lane.held_pairs is not None:
+        preferred = pairs.measure(lane.forward, lane.held_pairs, lane.beta, config.train.micro_batch)
+        result = replace(result, metrics=result.metrics | preferred)
     took = {"time/evaluate": time.perf_counter() - started}
     tracker.metrics(step, {**(metrics or {}), **result.metrics, **took})
     rows = list(itertools.islice(sample_rows(result), config.log.samples))

@@ -113,7 +113,7 @@ def dpo(
 
     with :math:`u=\log\pi/\pi_0` over the tokens that weigh something. Even rows are chosen, each followed by its
     rejected one; all tokens of a pair weigh the same. Reported beside the loss, means over pairs: the margin (the
-    argument of :math:`\sigma`, in reward) and the share of pairs in which it is positive.
+    argument of :math:`\sigma`, in reward) and the share of pairs in which it is positive, where 0 counts half.
     """
     train_BT = weight_BT > 0
     u_B = ((logp_BT - ref_logp_BT) * train_BT).sum(-1)
@@ -123,6 +123,6 @@ def dpo(
     metrics = {
         "loss/preference": ((term_P * paired_P).sum().detach(), pairs),
         "preference/margin": ((margin_P * paired_P).sum().detach(), pairs),
-        "preference/accuracy": (((margin_P > 0) & paired_P).sum().to(term_P.dtype), pairs),
+        "preference/accuracy": ((margin_P.sign() * paired_P + paired_P).sum().detach() / 2, pairs),
     }
     return (weight_P * term_P).sum(), metrics

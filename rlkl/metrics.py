@@ -89,7 +89,11 @@ METRICS: dict[str, tuple[str, str]] = {
         "DPO: kl.beta times log pi/pi0 of the chosen minus that of the rejected completion, before the update, mean "
         "over pairs",
     ),
-    "preference/accuracy": ("share", "DPO: pairs with a positive margin"),
+    "preference/accuracy": ("share", "DPO: pairs with a positive margin; a margin of 0 counts half"),
+    "preference/eval/accuracy": ("share", "stored pairs: the same on all held-out ones, mean over pairs"),
+    "preference/eval/accuracy_stderr": ("share", "its standard error over pairs; null for a single pair"),
+    "preference/eval/margin": ("reward", "stored pairs: margin of the held-out ones, mean over pairs"),
+    "preference/eval/margin_stderr": ("reward", "its standard error over pairs; null for a single pair"),
     "preference/tied": ("share", "DPO: training samples in no pair, for their rewards tie"),
     "loss/value": ("reward squared", "half the squared error of the learned value, mean over tokens"),
     "credit/advantage_std": ("reward", "standard deviation of the advantages over the batch's tokens"),

@@ -4,11 +4,14 @@ r"""Preference pairs: two completions of a prompt, one preferred.
 is in no pair; numbers are global over processes, and both halves of a pair are on the same process.
 """
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlkl.evaluate import chunks
 from rlkl.reduce import global_sum
 from rlkl.types import Batch, PolicyOutput, Rollout, TokenRewards
 
@@ -57,3 +60,26 @@ def adjacent(pair_B: Tensor) -> tuple[Tensor, float]:
     """
     rows = pair_B.argsort()[int((pair_B < 0).sum()) :].cpu()
     return (rows, 1.0) if len(rows) else (torch.zeros(2, dtype=torch.long), 0.0)
+
+
+@torch.no_grad()
+def measure(policy: Any, rollout: Rollout, beta: float, micro_batch: int = 64) -> dict[str, float]:
+    """``preference/eval/accuracy`` and ``margin`` of stored pairs, whose rows are chosen and rejected in turn.
+
+    Means over the pairs of all processes, with their standard errors (NaN for a single pair); a margin of 0 is half
+    right. ``micro_batch`` is even.
+    """
+    u_B = torch.zeros(0, dtype=torch.float64, device=rollout.tokens_BT.device)
+    for rows in chunks(len(rollout), micro_batch):
+        out = policy(rollout.rows(rows), {"logp", "ref_logp"})
+        change_BT = (out.get("logp_BT") - out.get("ref_logp_BT")) * rollout.policy_mask_BT[rows]
+        u_B = torch.cat([u_B, change_BT.double().sum(-1)])
+    margin_P = beta * (u_B[0::2] - u_B[1::2])
+    values: dict[str, float] = {}
+    for name, x_P in (("accuracy", (margin_P.sign() + 1) / 2), ("margin", margin_P)):
+        count, total, square = global_sum(torch.stack([torch.ones_like(x_P).sum(), x_P.sum(), (x_P**2).sum()])).tolist()
+        mean = total / count
+        spread = max(square / count - mean**2, 0.0)
+        key = f"preference/eval/{name}"
+        values |= {key: mean, f"{key}_stderr": math.sqrt(spread / (count - 1)) if count > 1 else math.nan}
+    return values

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlkl import artefacts, models, moved, rewards, settings
+from rlkl import artefacts, models, moved, pairs, rewards, settings
 from rlkl.config import Config, TableData
 from rlkl.data import stored
 from rlkl.data.prompts import PromptSet, records
@@ -56,8 +56,10 @@ def evaluate_run(run: str | Path, prompts: int | None, samples: int | None, seed
         micro_batch=config.train.micro_batch,
     ).metrics
     if config.offline:
-        marked = moved.stored(stored.maker(config, tokenizer, eos_ids)(held.records))
-        values |= moved.measure(policy, marked, config.train.micro_batch)
+        data, rows = stored.maker(config, tokenizer, eos_ids)(held.records), config.train.micro_batch
+        paired = data.pair_B is not None
+        values |= pairs.measure(policy, data, config.kl.beta, rows) if paired else {}
+        values |= {} if paired else moved.measure(policy, moved.stored(data), rows)
     return values
 
 

@@ -34,7 +34,7 @@ def arithmetic(config: Config, ranks: int = 1) -> list[str]:
     share = -(-r.prompts // ranks) * config.samples
     evaluations = 1 + steps // e.every + (steps % e.every > 0)
     drawn = f"{r.prompts} prompts x {r.samples_per_prompt} samples = {batch} completions"
-    what = f"{r.prompts} stored completions" if config.offline else drawn
+    what = f"{batch} stored completions" if config.offline else drawn
     return [
         f"a step:      {what}, at most {batch * r.max_new_tokens} tokens",
         f"micro-batch: {-(-share // piece)} x at most {min(piece, share)} completions"

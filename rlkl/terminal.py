@@ -59,6 +59,9 @@ def evaluation_line(step: int, metrics: Mapping[str, float]) -> str:
     """An evaluation on one line: rewards and what annotations moved, with standard errors, and canonical KL; nats."""
     rewards = [k for k in metrics if k.startswith("reward/eval/") and f"{k}_stderr" in metrics]
     parts = [f"{k.removeprefix('reward/eval/')} {metrics[k]:.3f} ± {metrics[f'{k}_stderr']:.3f}" for k in rewards]
+    if "preference/eval/accuracy" in metrics:
+        shown = [f"{metrics[f'preference/eval/accuracy{end}']:.3f}" for end in ("", "_stderr")]
+        parts.append(f"accuracy {' ± '.join(shown)}")
     labels = [k.split("/", 2)[2] for k in metrics if k.startswith("annotated/change/") and f"{k}_stderr" in metrics]
     for label in ("marked", "unmarked") if "marked" in labels else labels:
         key = f"annotated/change/{label}"

@@ -319,6 +319,26 @@ def test_annotated_data_are_learned_from_as_they_are_stored(run):
     assert metrics(folder)[-1]["annotated/change/x"] < 0
 
 
+@shows("data.pairs.type", "data.pairs.path", "data.pairs.split")
+def test_pairs_are_learned_from_as_they_are_stored(run, tmp_path):
+    import datasets
+
+    rows = [{"prompt": f"{i}:", "chosen": "a b", "rejected": "b a"} for i in range(4)]
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    splits = {name: datasets.Dataset.from_list(x) for name, x in (("train", rows), ("swapped", swapped))}
+    datasets.DatasetDict(splits).save_to_disk("saved")
+    write_jsonl("pairs.jsonl", rows)
+    dpo = {"trainer": {"type": "dpo"}, "rewards": {}, "rollout": {"prompts": 2, "max_new_tokens": 6}}
+
+    def preferring(**data: Any) -> float:
+        folder = run({**dpo, "data": {"type": "pairs", "held_out": 0.5, **data}})
+        assert series(folder, "tokens/generated") == [0, 0]
+        return metrics(folder)[-1]["preference/eval/margin"]
+
+    assert preferring(path="pairs.jsonl") == preferring(path="saved") > 0
+    assert preferring(path="saved", split="swapped") > 0
+
+
 @shows("data.held_out")
 def test_a_share_or_a_file_is_held_out(tiny_config):
     for share, kept in ((0.25, 2), (0.5, 4), (0.01, 1), (0.99, 7)):

@@ -33,6 +33,12 @@ RUNS: dict[str, Tree] = {
         "kl": {"placement": "loss", "estimator": "exact_local"},
         "rollout": {"prompts": 2, "max_new_tokens": 6},
     },
+    "stored pairs": {
+        "data": {"type": "pairs", "path": "pairs.jsonl", "held_out": 0.5},
+        "trainer": {"type": "dpo"},
+        "rewards": {},
+        "rollout": {"prompts": 2, "max_new_tokens": 6},
+    },
     "beta 0": {"kl": {"beta": 0}},
     "adaptive beta": {"kl": {"target": 1.0}},
     "whitening": {"credit": {"whiten_rewards": True, "whiten_advantages": True, "centre_rewards": True}},
@@ -48,6 +54,7 @@ def parity(rollout: Rollout) -> Tensor:
 def test_every_key_of_a_run_is_documented_once_and_every_documented_key_is_emitted(tiny_config):
     span = {"start": 0, "end": 1, "label": "not so good"}
     write_jsonl("stored.jsonl", [{"id": i, "prompt": i, "completion": "a b", "spans": [span]} for i in "abcd"])
+    write_jsonl("pairs.jsonl", [{"prompt": i, "chosen": "a b", "rejected": "b a"} for i in "abcd"])
     seen = set()
     for name, change in RUNS.items():
         folder = rlkl.train({**tiny_config, **change, "name": name.replace(" ", "-")})

@@ -10,7 +10,17 @@ from pydantic import ConfigDict, Field, model_validator
 
 from rlkl.config import direct, stored
 from rlkl.config.base import Positive, Section
-from rlkl.config.data import AnnotatedData, Data, DatasetsData, FactsData, JsonlData, SplitData, StoredData, TableData
+from rlkl.config.data import (
+    AnnotatedData,
+    Data,
+    DatasetsData,
+    FactsData,
+    JsonlData,
+    PairsData,
+    SplitData,
+    StoredData,
+    TableData,
+)
 from rlkl.config.model import FactsModel, LoraConfig, Model, ModelSection, PretrainedModel, TinyModel
 from rlkl.config.objective import (
     GRADIENT,
@@ -116,7 +126,7 @@ class Config(Section):
     seed: int = Field(0, ge=0, lt=2**32, description="of all samples, of the order of prompts and of the split")
     model: Model
     data: Data
-    rewards: dict[str, Source] = Field(min_length=1, description="name -> source; weighted sum")
+    rewards: dict[str, Source] = Field(description="name -> source; weighted sum; {} for stored pairs alone")
     trainer: TrainerConfig
     credit: CreditConfig = CreditConfig()
     kl: KLConfig = KLConfig()
@@ -132,6 +142,8 @@ class Config(Section):
         for name in self.rewards:
             if not re.fullmatch(r"[\w.-]+", name) or name in ("total", "queries") or name.endswith("_stderr"):
                 raise ValueError(f"rewards.{name}: the metrics need this name, or it has odd characters; take another")
+        if not self.rewards and not isinstance(self.data, PairsData):
+            raise ValueError("rewards={}: name at least 1 source; only data.type=pairs needs none")
         window = self.kl.resolved_window(self.credit.horizon)
         if self.credit.advantage == "gae" and self.kl.placement == "reward" and window != "full":
             raise ValueError(f"kl.window={window} with credit.advantage=gae: GAE has no window; use window=full")
@@ -170,7 +182,7 @@ class Config(Section):
     @property
     def samples(self) -> int:
         """Completions of a prompt, or of a record, in a step."""
-        return 1 if self.offline else self.rollout.samples_per_prompt
+        return self.data.rows if isinstance(self.data, StoredData) else self.rollout.samples_per_prompt
 
     @property
     def needs_value(self) -> bool:
@@ -237,6 +249,7 @@ __all__ = [
     "ModelSection",
     "OptimiserConfig",
     "PPOTrainer",
+    "PairsData",
     "PretrainedModel",
     "ReinforceTrainer",
     "RolloutConfig",

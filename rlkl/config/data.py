@@ -60,6 +60,7 @@ class StoredData(SplitData):
     """Records that hold completions, from which a run learns without sampling (rlkl/data/stored.py)."""
 
     trainers: ClassVar[tuple[str, ...]]  # which may learn from them
+    rows: ClassVar[int] = 1  # completions of a record
 
     path: str = Field(description="a .jsonl file, one object a line")
 
@@ -92,4 +93,15 @@ class AnnotatedData(StoredData):
     )
 
 
-Data = Annotated[FactsData | JsonlData | DatasetsData | AnnotatedData, Field(discriminator="type")]
+class PairsData(StoredData):
+    """Stored preference pairs with TRL's columns: `prompt`, `chosen` and `rejected`, texts or conversations."""
+
+    trainers = ("dpo",)
+    rows = 2
+
+    type: Literal["pairs"]
+    path: str = Field(description="a .jsonl file, one object a line; or what `datasets` reads, as for type: datasets")
+    split: str = Field("train", description="split where `datasets` reads it, or a slice of one such as train[:1000]")
+
+
+Data = Annotated[FactsData | JsonlData | DatasetsData | AnnotatedData | PairsData, Field(discriminator="type")]

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from rlkl.config.data import AnnotatedData, StoredData
+from rlkl.config.data import AnnotatedData, PairsData, StoredData
 
 if TYPE_CHECKING:
     from rlkl.config import Config
@@ -27,6 +27,20 @@ def check(config: "Config") -> None:
     _check_kl(config)
     if isinstance(data, AnnotatedData):
         _check_annotations(config)
+    if isinstance(data, PairsData):
+        _check_watched(config)
+
+
+def _check_watched(config: "Config") -> None:
+    """A preference is the whole feedback; rewards can only watch."""
+    for name, source in config.rewards.items():
+        if source.type == "annotations" and source.labeller is None:
+            raise ValueError(f"rewards.{name} with data.type=pairs: these records have no spans; name a labeller")
+        if source.weight:
+            raise ValueError(
+                f"rewards.{name}.weight={source.weight:g} with data.type=pairs: stored preferences are learned from "
+                f"without rewards; set rewards.{name}.weight=0 to watch it"
+            )
 
 
 def _check_sampling(config: "Config") -> None:

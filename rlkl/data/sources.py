@@ -4,18 +4,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlkl.config.data import AnnotatedData, DatasetsData, JsonlData, TableData
-from rlkl.data import annotated, files
+from rlkl.config.data import AnnotatedData, DatasetsData, JsonlData, PairsData, TableData
+from rlkl.data import annotated, files, preferences
 
 Record = dict[str, Any]
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".txt": "text"}
 TAKEN = ("prompts", "completions")  # arguments of the reward functions
 
 
-def read(config: JsonlData | DatasetsData | AnnotatedData, held_out: str | None = None) -> list[Record]:
+def read(config: JsonlData | DatasetsData | AnnotatedData | PairsData, held_out: str | None = None) -> list[Record]:
     """The records, each with its text under ``prompt``, or else its conversation under ``messages``.
 
-    Those of annotated data are as they stand in their file, with completion and spans.
+    Those of annotated data are as they stand in their file, with completion and spans; pairs have both sides.
 
     Args:
         held_out: the file or split to read in place of the configured one.
@@ -29,7 +29,13 @@ def read(config: JsonlData | DatasetsData | AnnotatedData, held_out: str | None 
         path, key = Path(held_out or config.path), "held_out" if held_out else "path"
         rows = files.lines(path, f"data.{key} names a .jsonl file, one JSON object a line")
         return _checked(rows, config, str(path))
+    if isinstance(config, PairsData) and config.path.endswith(".jsonl"):
+        path, key = Path(held_out or config.path), "held_out" if held_out else "path"
+        return preferences.checked(files.lines(path, f"data.{key} names a .jsonl file, one pair a line"), str(path))
     split = held_out or config.split
+    if isinstance(config, PairsData):
+        table = DatasetsData(type="datasets", path=config.path, split=split)
+        return preferences.checked(_table(table, split), f"{config.path}[{split}]")
     return _checked(_table(config, split), config, f"{config.path}[{split}]")
 
 

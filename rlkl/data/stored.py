@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from rlkl.config import AnnotationsSource, Config, Source
-from rlkl.data import annotated
+from rlkl.config import AnnotationsSource, Config, PairsData, Source
+from rlkl.data import annotated, paired, preferences
 from rlkl.data.annotated import Annotated
 from rlkl.data.prompts import PromptSet
 from rlkl.data.sources import Record
@@ -47,26 +47,33 @@ def build(config: Config, train: PromptSet, held: PromptSet, eos_ids: Sequence[i
         ValueError: a label has no weight, or a completion or its token ids cannot be used with this tokenizer.
     """
     limit, tokenizer = config.rollout.max_new_tokens, train.tokenizer
+    make = maker(config, tokenizer, eos_ids)
+    if isinstance(config.data, PairsData):
+        said = paired.note([*train.records, *held.records], tokenizer, _eos(tokenizer, eos_ids), limit)
+        return Stored(train, make, make(held.records), (said,))
     records = [parsed(row) for row in train.records]
     for name, source in _stored(config.rewards).items():
         try:
             annotated.check_weights(records, source.weights)
         except ValueError as error:
             raise ValueError(f"rewards.{name}.{error}") from None
-    make = maker(config, tokenizer, eos_ids)
     return Stored(train, make, make(held.records), (_note(records, tokenizer, _eos(tokenizer, eos_ids), limit),))
 
 
 def maker(config: Config, tokenizer: Any, eos_ids: Sequence[int]) -> Callable[[Sequence[Record]], Rollout]:
     """How records of the run's kind of data become a rollout."""
-    return partial(_annotated, tokenizer=tokenizer, eos_ids=tuple(eos_ids), limit=config.rollout.max_new_tokens)
+    keys = {"tokenizer": tokenizer, "eos_ids": tuple(eos_ids), "limit": config.rollout.max_new_tokens}
+    if isinstance(config.data, PairsData):
+        return partial(paired.rollout, eos_id=_eos(tokenizer, eos_ids), **keys)
+    return partial(_annotated, **keys)
 
 
 def asked(held: PromptSet) -> PromptSet:
     """The distinct prompts of held-out records, each with the columns of its first, to be sampled from."""
     first = {row["prompt"]: place for place, row in reversed(list(enumerate(held.records)))}
     chosen = sorted(first.values())
-    rows = [{key: value for key, value in held.records[i].items() if key not in OWN} for i in chosen]
+    own = OWN if held.records and "completion" in held.records[0] else preferences.SIDES
+    rows = [{key: value for key, value in held.records[i].items() if key not in own} for i in chosen]
     return replace(held, records=rows, ids=[held.ids[i] for i in chosen])
 
 
