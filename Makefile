@@ -10,8 +10,8 @@ $(CACHED): pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-quickstart: $(CACHED)  ## fine-tune the embedded model with REINFORCE and a KL penalty
-	$(BIN)/rlkl train configs/quickstart.yaml --overwrite
+quickstart: $(CACHED)  ## compare three objectives on the embedded model
+	$(BIN)/rlkl compare configs/compare/quickstart.yaml --overwrite
 
 test: $(CACHED)  ## the whole suite, two workers, no network
 	$(BIN)/python -m pytest -n 2 -m "not slow"

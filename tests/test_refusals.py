@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import Tree
 
-from rlkl import RunError, cli, models, settings, train
+from rlkl import RunError, cli, models, plan, settings, train
 from rlkl.config import KLConfig
 
 ROOT = Path(__file__).parent.parent
@@ -37,9 +37,10 @@ def test_a_configuration_that_is_none_is_refused() -> None:
 
 
 def test_the_quickstart_of_ci_is_a_valid_configuration() -> None:
-    (line,) = re.findall(r"rlkl train (.*)", (ROOT / ".ci" / "run").read_text())
+    (line,) = re.findall(r"rlkl compare (.*)", (ROOT / ".ci" / "run").read_text())
     path, *overrides = [word for word in shlex.split(line) if not word.startswith("--")]
-    assert settings.load(ROOT / path, overrides).train.steps < 10
+    runs = plan.make(ROOT / path, overrides).runs
+    assert len(runs) == 3 and all(run.config.train.steps < 10 for run in runs)
 
 
 @pytest.mark.parametrize("path", ["CONTRIBUTING.md", "README.md"])

@@ -70,7 +70,7 @@ class Span:
 
     start: int
     end: int
-    label: Literal["right", "wrong", "before", "first name", "wrong name"]
+    label: Literal["right", "wrong", "before", "first name"]
 
 
 def prompts() -> list[dict[str, str]]:
@@ -136,17 +136,16 @@ def annotate(completion: str) -> list[Span]:
 
 
 def dissect(completion: str) -> list[Span]:
-    """Return the parts of every wrong fact among the first three sentences, to see which of them training moves.
+    """Return what stands before the wrong name in every wrong fact of the first three sentences.
 
-    `wrong name` is the second name, `before` its sentence up to the word before it, and `first name` a part of that.
+    `before` is its sentence up to the word before that name, and `first name` a part of it. Watched beside the labels
+    of `annotate`, they show whether a mark on the wrong name moves what comes before it.
     """
     spans: list[Span] = []
     for fact, second in _facts(completion):
         if CAPITALS[fact["country"]] != fact["city"]:
-            first = "country" if second == "city" else "city"
             spans.append(Span(fact.start(), fact.start(second) - 1, "before"))
-            spans.append(Span(*fact.span(first), "first name"))
-            spans.append(Span(*fact.span(second), "wrong name"))
+            spans.append(Span(*fact.span("country" if second == "city" else "city"), "first name"))
     return spans
 
 
