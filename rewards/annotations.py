@@ -12,6 +12,7 @@ from rlkl import RunError
 from rlkl.config import AnnotationsSource
 from rlkl.data.annotated import Span
 from rlkl.data.spans import Decoded, add_up
+from rlkl.faults import limit
 from rlkl.rewards.function import probe_causality, resolve
 from rlkl.types import Rollout, TokenRewards
 
@@ -135,7 +136,10 @@ class AnnotationReward:
     def _ask(self, at: str, text: str) -> list[Span]:
         assert self.labeller is not None
         try:
-            answer = list(self.labeller(text))
+            with limit(self.config.timeout, at):
+                answer = list(self.labeller(text))
+        except RunError:
+            raise
         except (Exception, SystemExit) as error:  # whatever a stranger's function raises
             raise RunError(f"{at}: {type(error).__name__}: {error}") from error
         spans = [self._span(at, given) for given in answer]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlkl import RunError
 from rlkl.config import FunctionSource
+from rlkl.faults import limit
 from rlkl.types import End, Rollout, TokenRewards
 
 
@@ -46,13 +47,15 @@ class FunctionReward:
     def __init__(self, name: str, config: FunctionSource) -> None:
         self.name = name
         self.level = config.level
+        self.timeout = config.timeout
         self.function = resolve(config.path)
 
     def __call__(self, rollout: Rollout) -> TokenRewards:
         """Rewards of a rollout.
 
         Raises:
-            RunError: the function raises, or returns None, a non-finite score or the wrong number of scores.
+            RunError: the function raises or takes too long, or returns None, a non-finite score or the wrong number
+                of scores.
         """
         if self.level == "sequence":
             return self._sequence(rollout)
@@ -85,7 +88,10 @@ class FunctionReward:
 
         everyone = list(range(len(rollout)))
         try:
-            scores = call(everyone)
+            with limit(self.timeout, f"reward {self.name}"):
+                scores = call(everyone)
+        except RunError:
+            raise
         except (Exception, SystemExit) as error:
             raise RunError(self._raised(error, call, rollout)) from error
         if not hasattr(scores, "__len__") or len(scores) != len(rollout):
@@ -114,7 +120,10 @@ class FunctionReward:
 
     def _token(self, rollout: Rollout) -> Tensor:
         try:
-            value_BT = torch.as_tensor(self.function(rollout), device=rollout.tokens_BT.device)
+            with limit(self.timeout, f"reward {self.name}"):
+                value_BT = torch.as_tensor(self.function(rollout), device=rollout.tokens_BT.device)
+        except RunError:
+            raise
         except (Exception, SystemExit) as error:
             raise RunError(f"reward {self.name}: {type(error).__name__}: {error}") from error
         if value_BT.shape != rollout.tokens_BT.shape:

@@ -15,6 +15,14 @@ class RunError(RuntimeError):
     """A run cannot go on (exit 1). What the user wrote wrong is a ValueError (exit 2)."""
 
 
+class Stopped(BaseException):
+    """A run was asked to stop (Ctrl-C, SIGTERM) and did, after a step, with a checkpoint. ``code`` is the exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 def train(
     config: str | Path | Mapping[str, Any],
     overrides: Sequence[str] = (),
@@ -37,8 +45,9 @@ def train(
     Raises:
         ValueError: a mistake in the configuration, the data or the folder; nothing was written.
         RunError: the run could not go on; its folder holds the traceback in error.txt.
+        Stopped: Ctrl-C or SIGTERM; the step was finished and saved.
     """
-    from rlkl.loop import train as run
+    from rlkl.start import train as run
 
     return run(config, overrides, overwrite=overwrite, resume=resume)
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rlkl import RunError
+from rlkl import RunError, Stopped
 from rlkl.data.commands import app as data
 
 # click's ClickException: typer may carry a click of its own, whose exceptions the installed click does not know.
@@ -39,7 +39,7 @@ def train(
         print(describe(load(config, overrides or [])))
         return
     from rlkl.launch import close
-    from rlkl.loop import train as run
+    from rlkl.start import train as run
 
     try:
         run(config, overrides or [], overwrite=overwrite, resume=resume)
@@ -150,6 +150,8 @@ def main(argv: list[str] | None = None) -> int:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "rlkl"
         return _say(f"{' '.join(error.format_message().split()).rstrip('.')}; see {command} --help", 2)
+    except Stopped as stopped:
+        return _say(str(stopped), stopped.code)
     except (typer.Abort, KeyboardInterrupt):
         result = 130
     except ValueError as error:

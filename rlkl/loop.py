@@ -1,104 +1,52 @@
 """The one training loop: prompts -> sample -> reward -> KL -> credit -> loss -> step."""
 
-import contextlib
 import itertools
-import math
 import time
-import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from rlkl import (
     RunError,
+    Stopped,
     artefacts,
     card,
     checkpoint,
     credit,
-    dashboards,
     kl,
-    launch,
     moved,
     pairs,
     plots,
-    settings,
+    recording,
     terminal,
     tracking,
 )
-from rlkl.config import Config, KLConfig, OptimiserConfig
 from rlkl.evaluate import Evaluation, chunks, evaluate, join, sample_rows
-from rlkl.lane import Lane, build, collect
-from rlkl.reduce import finish, global_sum, masked_mean, masked_std, merge
-from rlkl.screen import Screen
-from rlkl.types import Batch, End, Metrics, PolicyOutput, Rollout, TokenRewards, Trainer
+from rlkl.lane import Lane, collect
+from rlkl.reduce import finish, global_sum, masked_mean, masked_std
+from rlkl.types import Batch, End, PolicyOutput, Rollout, TokenRewards
+from rlkl.update import NotFinite, update
 
 
-def train(
-    source: str | Path | Mapping[str, Any] | Config,
-    overrides: Sequence[str] = (),
-    *,
-    overwrite: bool = False,
-    resume: bool = False,
-    screen: AbstractContextManager[Screen] | None = None,
-) -> Path:
-    """Train as the configuration says and return the run's folder.
-
-    ``resume`` goes on from the last checkpoint of the run of this name, or begins it; a finished one stays as it is.
-    ``screen`` takes the place of this terminal; it is entered once the folder is there.
+def run(
+    lanes: list[Lane], trackers: list[tracking.Tracker], accelerator: Accelerator, asked: Callable[[], int] = int
+) -> None:
+    """Drive lanes, step by step, to their last step. An ordinary run is one lane.
 
     Raises:
-        ValueError: a mistake in the configuration, data or folder; nothing was written.
-        RunError: the run could not go on; the traceback is in its error.txt.
+        Stopped: ``asked()`` gave an exit code; every lane has a checkpoint of its last step.
     """
-    config = settings.load(source, overrides)
-    dashboards.check(config.log)
-    accelerator = launch.accelerator(config)
-    folder = tracking.run_folder(config)
-    if resume:
-        checkpoint.check(folder, config)
-    else:
-        tracking.check_folder(folder, overwrite)
-    if resume and (folder / "final").is_dir():
-        Screen(accelerator.is_main_process).say(f"{folder}: finished already; nothing to resume")
-        return folder
-    with accelerator.main_process_first():  # an embedded model is trained once
-        lane = build(config)
-    main = accelerator.is_main_process
-    with tracking.claim(folder, overwrite or resume, main):
-        last = checkpoint.steps(folder)[-1:] if resume else []
-        accelerator.wait_for_everyone()
-        if main and last:
-            checkpoint.cut(folder, last[0])
-        elif main:
-            dashboards.forget(folder)
-            tracking.create_folder(folder, config)
-        accelerator.wait_for_everyone()
-        if last:
-            checkpoint.load(lane, folder, last[0])
-        try:
-            with screen or Screen(main, config.train.steps) as shown, dashboards.opened(folder, config, main) as copies:
-                run([lane], [tracking.Tracker(folder, main, shown, copies)], accelerator)
-        except (Exception, SystemExit) as error:
-            (folder / "error.txt").write_text(traceback.format_exc())
-            said = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
-            raise RunError(f"{said} (traceback in {folder / 'error.txt'})") from error
-    return folder
-
-
-def run(lanes: list[Lane], trackers: list[tracking.Tracker], accelerator: Accelerator) -> None:
-    """Drive lanes, step by step, to their last step. An ordinary run is one lane."""
     both = list(zip(lanes, trackers, strict=True))
     for lane, tracker in both:
         lane.place(accelerator)
         tracker.say(*terminal.notices(lane, accelerator), *tracker.notes)
         begin(lane, tracker)
     for step in range(1, max(lane.config.train.steps for lane in lanes) + 1):
+        if code := asked():
+            stop(both, code)
         for lane, tracker in both:
             if lane.step < step <= lane.config.train.steps:
                 advance(lane, tracker, step, accelerator)
@@ -108,6 +56,19 @@ def run(lanes: list[Lane], trackers: list[tracking.Tracker], accelerator: Accele
             artefacts.save_final(lane.policy, lane.tokenizer, tracker.folder / "final")
             tracker.say(f"figure: {plots.curves(tracker.folder)}", f"model:  {tracker.folder / 'final'}")
             card.write(tracker.folder, tracker.folder / "final", lane.policy.adapted)
+
+
+def stop(both: list[tuple[Lane, tracking.Tracker]], code: int) -> NoReturn:
+    """Save every lane and leave.
+
+    Raises:
+        Stopped: always.
+    """
+    for lane, tracker in both:
+        if tracker.main and lane.step and checkpoint.steps(tracker.folder)[-1:] != [lane.step]:
+            checkpoint.save(lane, tracker.folder, lane.config.save.keep)
+    done = max(lane.step for lane, _ in both)
+    raise Stopped(f"stopped after step {done}; go on with --resume" if done else "stopped before the first step", code)
 
 
 def begin(lane: Lane, tracker: tracking.Tracker) -> None:
@@ -155,7 +116,11 @@ def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, flo
     scored = score(lane, rollout)
     batch = assign(lane, rollout, rewards, scored)
     clock.lap("score")
-    metrics = update(lane, rollout, batch, step, accelerator)
+    try:
+        metrics = update(lane, rollout, batch, step, accelerator)
+    except NotFinite as error:
+        folder = recording.inspect(rollout, batch, tracking.run_folder(config), step, lane.rank)
+        raise RunError(f"{error}; its samples and what the loss read are in {folder}") from error
     clock.lap("update")
     counts = torch.tensor([float(rollout.length_B.sum()), float(rewards.queries)], dtype=torch.float64)
     generated, queries = global_sum(counts.to(rollout.tokens_BT.device)).tolist()
@@ -199,69 +164,6 @@ def score(lane: Lane, rollout: Rollout) -> PolicyOutput:
     if lane.config.credit.bootstrap_truncated:
         names.append("bootstrap_B")
     return PolicyOutput(**{name: join(parts, name) for name in names})
-
-
-def step_loss(
-    trainer: Trainer, kl_config: KLConfig, beta: float, out: PolicyOutput, batch: Batch
-) -> tuple[Tensor, Metrics]:
-    """What is differentiated: the trainer's loss plus beta times the KL that is placed in the loss."""
-    loss, metrics = trainer.loss(out, batch)
-    penalty, more = kl.penalty(kl_config, out, batch)
-    return loss + beta * penalty, metrics | more
-
-
-def update(lane: Lane, rollout: Rollout, batch: Batch, step: int, accelerator: Accelerator) -> Metrics:
-    """The optimiser steps on one batch: epochs of minibatches, until the trainer has had enough."""
-    metrics: Metrics = {}
-    for epoch in range(lane.trainer.epochs):
-        this: Metrics = {}
-        for rows, share in lane.minibatches(rollout, step, epoch):
-            part = batch.rows(rows)
-            weight_BT, mask_BT = part.weight_BT * share, part.mask_BT & (share > 0)
-            part = replace(part, weight_BT=weight_BT, mask_BT=mask_BT, tokens=part.tokens / max(share, 1.0))
-            this = merge(this, optimise(lane, rollout.rows(rows), part, step, accelerator))
-        metrics = merge(metrics, this)
-        if lane.trainer.stop(finish(this)):
-            break
-    passes = metrics["policy/grad_norm"][0].new_tensor(epoch + 1.0)
-    return metrics | {"policy/epochs": (passes, torch.ones_like(passes))}
-
-
-def optimise(lane: Lane, rollout: Rollout, batch: Batch, step: int, accelerator: Accelerator) -> Metrics:
-    """One optimiser step, its gradient accumulated over micro-batches."""
-    config = lane.config
-    need = lane.trainer.need | kl.needs(config.kl)
-    metrics: Metrics = {}
-    pieces = chunks(len(rollout), config.train.micro_batch)
-    for k, rows in enumerate(pieces):
-        # Ranks may have different numbers of micro-batches: gradients meet in the last one only.
-        last = k == len(pieces) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(lane.forward):
-            out = lane.forward(rollout.rows(rows), need)
-            loss, part = step_loss(lane.trainer, config.kl, lane.beta, out, batch.rows(rows))
-            if not bool(loss.isfinite()):
-                raise RunError(f"step {step}: the loss is {loss.item()}; lower optimiser.learning_rate")
-            accelerator.backward(loss * lane.ranks)  # gradients are averaged over ranks, the loss is a global sum
-        metrics = merge(metrics, part)
-    trained = [p for p in lane.policy.parameters() if p.requires_grad]
-    norm = accelerator.clip_grad_norm_(trained, config.optimiser.max_grad_norm)
-    if not bool(norm.isfinite()):
-        raise RunError(f"step {step}: the gradient norm is {float(norm)}; lower optimiser.learning_rate")
-    rate = config.optimiser.learning_rate * schedule(config.optimiser, step, config.train.steps)
-    for group in lane.optimiser.param_groups:
-        group["lr"] = rate
-    lane.optimiser.step()
-    lane.optimiser.zero_grad()
-    one = torch.ones_like(norm)
-    return metrics | {"policy/grad_norm": (norm, one), "policy/learning_rate": (one * rate, one)}
-
-
-def schedule(config: OptimiserConfig, step: int, total: int) -> float:
-    """Learning-rate factor of step 1..total: linear warm-up, then constant, or linear or cosine to 0."""
-    if step <= config.warmup_steps:
-        return step / config.warmup_steps
-    done = (step - 1 - config.warmup_steps) / max(total - config.warmup_steps, 1)
-    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.schedule]
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlkl.config import Config
 from rlkl.data.prompts import PromptSet
-from rlkl.types import Rollout
+from rlkl.types import Batch, Rollout
 
 Signature = dict[str, Any]
 SAMPLING = ("prompts", "samples_per_prompt", "max_new_tokens", "temperature", "stop")
@@ -92,6 +92,17 @@ def save(rollout: Rollout, run: Path, step: int, signed: Signature) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path.with_suffix(".safetensors"), save_tensors(tensors))
     _write(path.with_suffix(".json"), json.dumps({"signature": signed, **others}).encode())
+
+
+def inspect(rollout: Rollout, batch: Batch, run: Path, step: int, rank: int) -> Path:
+    """Keep the samples of a step and what the loss read, to look at; this process's own, in ``nonfinite/rank_R/``."""
+    folder = run / "nonfinite" / f"rank_{rank}"
+    prompts = {"prompt": rollout.columns["prompt"]}
+    save(replace(rollout.to(torch.device("cpu")), columns=prompts), folder, step, {})
+    held = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    tensors = {name: x.detach().cpu().contiguous() for name, x in held.items() if isinstance(x, Tensor)}
+    _write(folder / f"batch_{step}.safetensors", save_tensors(tensors))
+    return folder
 
 
 def _write(path: Path, data: bytes) -> None:

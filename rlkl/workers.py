@@ -222,8 +222,8 @@ def _send_output_to(log: Path) -> None:
 def _do(job: Job, pipe: "connection.Connection") -> str | None:
     """A run; what went wrong, on one line."""
     from rlkl import RunError, settings
-    from rlkl.loop import train
     from rlkl.screen import Screen
+    from rlkl.start import train
 
     config = settings.load(job.config)
 

@@ -6,6 +6,8 @@ without a test fails. Runs are of the tiny model; two runs differ in the key alo
 
 import json
 import math
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import UnionType
@@ -22,8 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import rlkl
 from rlkl import checkpoint, kl, settings
-from rlkl.config import Config
+from rlkl.config import AnnotationsSource, Config
 from rlkl.lane import Lane, build
+from rlkl.rewards.annotations import AnnotationReward
 from rlkl.types import PolicyOutput, Rollout
 
 SHOWN: set[str] = set()
@@ -789,7 +792,7 @@ def test_the_first_step_of_adam_is_as_long_as_the_learning_rate(run):
 )
 def test_the_learning_rate_follows_its_schedule(run, schedule, warmup, factors):
     chosen = {"optimiser.schedule": schedule, "optimiser.warmup_steps": warmup, "optimiser.learning_rate": 1.0}
-    from rlkl.loop import schedule as factor
+    from rlkl.update import schedule as factor
 
     config = settings.load(changed(TREE, chosen)).optimiser
     assert [factor(config, step, 4) for step in (1, 2, 3, 4)] == pytest.approx(factors)
@@ -867,6 +870,41 @@ def test_an_evaluation_asks_so_many_prompts_for_so_many_samples(run):
     asked = {"data.held_out": 0.5, "evaluate.prompts": 3, "evaluate.samples_per_prompt": 5}
     assert metrics(run(asked))[0]["reward/eval/queries"] == 15
     assert metrics(run({**asked, "evaluate.prompts": 100}))[0]["reward/eval/queries"] == 20  # as many as there are
+
+
+def endless(prompts, completions):
+    time.sleep(0.2 if len(CALLS) else 0)
+    CALLS.append(1)
+    return [0.0] * len(prompts)
+
+
+CALLS: list[int] = []
+
+
+@shows("rewards.function.timeout", "rewards.annotations.timeout")
+def test_a_reward_may_take_so_long(run, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "CALLS", [])
+    run({"rewards.varied.path": "test_config_effects:endless", "rewards.varied.timeout": None})
+    with pytest.raises(rlkl.RunError, match=r"no answer within 0\.1 s"):
+        run({"rewards.varied.path": "test_config_effects:endless", "rewards.varied.timeout": 0.1})
+    labeller = AnnotationsSource(type="annotations", labeller="time:sleep", weights={"x": 1}, timeout=0.01)
+    monkeypatch.setattr("time.sleep", lambda text, real=time.sleep: [real(1), []][1])
+    with pytest.raises(rlkl.RunError, match=r"no answer within 0\.01 s"):
+        AnnotationReward("marks", labeller)._ask("marks", "text")
+
+
+def boundless(prompts, completions):
+    return [3e38 * (i % 2) for i in range(len(prompts))]
+
+
+@shows("train.on_nonfinite")
+def test_an_update_that_is_not_finite_ends_the_run_or_is_left_out(run):
+    overrides = {"rewards.varied.path": "test_config_effects:boundless", "evaluate.every": 1}
+    with pytest.raises(rlkl.RunError, match="the gradient norm is"):
+        run(overrides)
+    skipped = run({**overrides, "train.on_nonfinite": "skip"})
+    assert series(skipped, "policy/skipped") == [1, 1]
+    assert {row["kl/sequence"] for row in metrics(skipped)} == {0.0}
 
 
 @shows("save.every", "save.keep")

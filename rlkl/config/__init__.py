@@ -84,6 +84,9 @@ class TrainConfig(Section):
         False, description="recompute layers in the backward pass: less memory, more time, same results"
     )
     micro_batch: Positive = Field(64, description="completions a forward/backward; changes memory, not results")
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="a gradient that is not finite: end the run, its batch kept; or leave that update out"
+    )
     head_chunk: Positive = Field(
         1024, description="positions that pass the vocabulary head together; changes memory, not results"
     )

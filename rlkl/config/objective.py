@@ -39,6 +39,7 @@ class FunctionSource(Section):
         description="sequence: f(prompts, completions, **columns) -> list[float], paid at the last policy token; "
         "token: f(rollout) -> [B, T] tensor, causal",
     )
+    timeout: float | None = Field(600, gt=0, description="seconds that a call may take; null = any time")
     weight: float = Field(1.0, description="in the sum of the sources; 0 = only watched")
 
     @property
@@ -63,6 +64,9 @@ class AnnotationsSource(Section):
     )
     unmarked: float | None = Field(
         None, description="weight of tokens without a span as likelihood annotation; null = they are masked"
+    )
+    timeout: float | None = Field(
+        60, gt=0, description="seconds that the labeller may take for a completion; null = any time"
     )
     weight: float = Field(1.0, description="in the sum of the sources; 0 = only watched")
 
