@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlkl import credit, exact, kl, loop
+from rlkl import credit, exact, kl, update
 from rlkl.config import CreditConfig, KLConfig, ReinforceTrainer
 from rlkl.policy import Policy
 from rlkl.tasks.tabular import random_tabular
@@ -179,7 +179,7 @@ def estimator_loss(
         kl.check_origin(kl_cfg, batch.origin)
         data = assigned(problem, batch, rewards, cfg, kl_cfg, value_NT1, ema)
         out: PolicyOutput = problem.policy(batch, trainer.need | kl.needs(kl_cfg))
-        return loop.step_loss(trainer, kl_cfg, kl_cfg.beta, out, data)[0]
+        return update.step_loss(trainer, kl_cfg, kl_cfg.beta, out, data)[0]
 
     return loss
 
@@ -202,7 +202,7 @@ def expected_gradient(
     data = assigned(problem, atoms, rewards, cfg, kl_cfg)
     data = replace(data, weight_BT=atoms.policy_mask_BT * law[:, None])
     out = problem.policy(atoms, trainer.need | kl.needs(kl_cfg))
-    return -problem.gradient(loop.step_loss(trainer, kl_cfg, kl_cfg.beta, out, data)[0])
+    return -problem.gradient(update.step_loss(trainer, kl_cfg, kl_cfg.beta, out, data)[0])
 
 
 def fixed_point(

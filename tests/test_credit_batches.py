@@ -17,7 +17,7 @@ from oracle import (
 )
 from pydantic import ValidationError
 
-from rlkl import credit, exact, kl, loop
+from rlkl import credit, exact, kl, update
 from rlkl.config import GRADIENT, CreditConfig, KLConfig, ReinforceTrainer
 from rlkl.trainers import Reinforce
 from rlkl.types import Rollout, TokenRewards
@@ -135,7 +135,7 @@ def pieces(problem: Problem, rewards: TokenRewards, cfg: CreditConfig, kl_cfg: K
     gradient = torch.zeros(1)
     for rows in torch.arange(len(batch)).split(sizes):
         out = problem.policy(batch.rows(rows), trainer.need | kl.needs(kl_cfg))
-        gradient = gradient + problem.gradient(loop.step_loss(trainer, kl_cfg, 0.4, out, data.rows(rows))[0])
+        gradient = gradient + problem.gradient(update.step_loss(trainer, kl_cfg, 0.4, out, data.rows(rows))[0])
     return gradient
 
 

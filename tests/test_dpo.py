@@ -12,7 +12,7 @@ from models import make_policy, make_rollout
 from torch import Tensor
 
 import rlkl
-from rlkl import exact, launch, loop, losses, pairs, settings
+from rlkl import exact, launch, loop, losses, pairs, settings, update
 from rlkl.config import KLConfig, dump
 from rlkl.lane import build
 from rlkl.trainers import DPO
@@ -55,7 +55,7 @@ def population_gradient(problem: oracle.Problem, reward_N: Tensor, beta: float) 
     batch = replace(batch, weight_BT=batch.weight_BT * share_B[:, None])
     trainer, held = DPO(beta), KLConfig(beta=beta)
     out = problem.policy(rollout, trainer.need)
-    return problem.gradient(loop.step_loss(trainer, KLConfig(beta=0.0), held.beta, out, batch)[0])
+    return problem.gradient(update.step_loss(trainer, KLConfig(beta=0.0), held.beta, out, batch)[0])
 
 
 def test_its_optimum_on_bradley_terry_preferences_is_that_of_the_regularised_reward() -> None:

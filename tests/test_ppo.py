@@ -9,7 +9,7 @@ from conftest import Tree, metrics
 from torch import Tensor
 
 import rlkl
-from rlkl import exact, launch, loop, losses, settings
+from rlkl import exact, launch, loop, losses, settings, update
 from rlkl.config import CreditConfig, KLConfig, PPOTrainer, dump
 from rlkl.lane import Lane, build
 from rlkl.trainers import PPO
@@ -51,7 +51,7 @@ def test_at_ratio_one_its_expected_gradient_is_the_exact_one() -> None:
     law = problem.logp.detach().exp()
     data = oracle.assigned(problem, problem.atoms, rewards, oracle.PLAIN, penalty)
     data = replace(data, weight_BT=problem.atoms.policy_mask_BT * law[:, None])
-    loss, found = loop.step_loss(trainer, penalty, 0.4, problem.policy(problem.atoms, trainer.need), data)
+    loss, found = update.step_loss(trainer, penalty, 0.4, problem.policy(problem.atoms, trainer.need), data)
     truth = problem.gradient(problem.objective(rewards.value_BT.sum(-1), 0.4))
     oracle.assert_close(-exact.flat_gradient(problem.policy, loss), truth)
     assert float(found["policy/clip_fraction"][0]) == 0 == float(found["policy/approx_kl"][0])

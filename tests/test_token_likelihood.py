@@ -13,11 +13,11 @@ from torch import Tensor
 
 from rlkl import credit, exact, kl
 from rlkl.config import CreditConfig, KLConfig, TokenLikelihoodTrainer
-from rlkl.loop import step_loss
 from rlkl.policy import Policy
 from rlkl.tasks.tabular import random_tabular
 from rlkl.trainers import TokenLikelihood
 from rlkl.types import Batch, PolicyOutput, TokenRewards
+from rlkl.update import step_loss
 
 V = 5
 BAD = 2
