@@ -10,8 +10,8 @@ from models import CHUNKED, EOS, build, make_rollout
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import rlkl
-from rlkl import RunError, scoring
-from rlkl.config import LearnedSource
+from rlkl import RunError, scoring, settings
+from rlkl.config import LearnedSource, dump
 from rlkl.rewards.learned import LearnedReward
 from rlkl.tasks.pretrain import train_tokenizer
 
@@ -172,3 +172,9 @@ def test_the_policy_and_the_rewards_of_a_finished_run_can_be_evaluated(
 
     tiny_config["rewards"]["rm"] = {"type": "learned", "path": str(tiny_reward_model)}
     assert "reward/eval/rm" in runs.evaluate_run(rlkl.train(tiny_config), None, None, None)
+
+
+def test_the_configuration_watches_gold_and_learns_from_the_model() -> None:
+    config = settings.load(Path(__file__).parents[1] / "configs" / "rewards" / "learned.yaml")
+    assert {name: source.weight for name, source in config.rewards.items()} == {"model": 1.0, "gold": 0.0}
+    assert settings.load(dump(config)) == config

@@ -18,8 +18,8 @@ from rlkl.tasks.pretrain import cached, no_progress_bars, run_apart
 RECIPE: dict[str, Any] = {
     "samples": 64,  # of each of the 96 training prompts, compared two by two
     "max_new_tokens": 64,
-    "epochs": 3,
-    "batch": 32,
+    "epochs": 6,
+    "batch": 16,
     "lr": 1e-3,
     "warmup": 0.1,  # share of all steps
     "seed": 0,
