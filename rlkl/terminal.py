@@ -22,7 +22,7 @@ def notices(lane: Lane, accelerator: Accelerator) -> Iterator[str]:
     config, model = lane.config, lane.policy.model
     held = f"{len(lane.held_out.ids)} held out"
     if lane.stored is not None:
-        held = f"{len(lane.stored.held)} held out, evaluated on {len(lane.held_out.ids)} prompts"
+        held = f"{len(lane.stored.held) // config.samples} held out, evaluated on {len(lane.held_out.ids)} prompts"
     yield (
         f"{config.name}: {config.trainer.type}, {len(lane.train_prompts.ids)} "
         f"{'prompts' if lane.stored is None else 'records'} ({held}), on {next(model.parameters()).device}"

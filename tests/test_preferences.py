@@ -114,10 +114,12 @@ def test_anything_that_datasets_reads_gives_the_same_run(offline: Tree) -> None:
     assert metrics(one) == metrics(two)
 
 
-def test_training_prefers_the_chosen_side_of_held_out_pairs(offline: Tree) -> None:
+def test_training_prefers_the_chosen_side_of_held_out_pairs(offline: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     offline["train"]["steps"] = 12
     run = rlkl.train(offline)
     rows = metrics(run)
+    said = capsys.readouterr().out
+    assert "6 records (2 held out, evaluated on 2 prompts)" in said and "accuracy 0.500 ± 0.000" in said
     assert rows[0]["preference/eval/accuracy"] == 0.5 and rows[0]["preference/eval/margin"] == 0
     assert rows[-1]["preference/eval/accuracy"] == 1 and rows[-1]["preference/eval/margin"] > 0.5
     assert [row["reward/queries"] for row in rows[1:4]] == [3, 6, 6]  # a preference costs its label once
