@@ -43,8 +43,7 @@ def save_final(policy: Policy, tokenizer: Any, folder: Path) -> None:
     shutil.rmtree(new, ignore_errors=True)
     policy.model.save_pretrained(new, **adapted)
     tokenizer.save_pretrained(new)
-    if folder.is_dir():
-        folder.rmdir()  # an empty one may be given
+    shutil.rmtree(folder, ignore_errors=True)  # an empty one, or one that a kill left without its card
     new.rename(folder)
 
 

@@ -7,7 +7,6 @@ whole state. A checkpoint appears under its name only when it is complete; a kil
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from rlkl.config import Config, dump
+from rlkl import settings
+from rlkl.config import Config
 from rlkl.data import files
 from rlkl.lane import Lane
-from rlkl.runs import read_config
 from rlkl.tracking import read_rows
-
-FREE = ("name", "folder", "log", "save")
-"""Sections and keys that may differ between a run and its resumption: they change no result."""
 
 
 def check(folder: Path, config: Config) -> None:
@@ -33,9 +29,7 @@ def check(folder: Path, config: Config) -> None:
     """
     if not (folder / "config.yaml").is_file():
         return
-    old, new = (dict(_leaves(dump(c))) for c in (read_config(folder), config))
-    keys = [key for key in {**old, **new} if key.split(".")[0] not in FREE]
-    if differ := [f"{key}={old.get(key)} there, {new.get(key)} now" for key in keys if old.get(key) != new.get(key)]:
+    if differ := settings.differences(folder, config):
         raise ValueError(
             f"--resume: {folder} was begun with another configuration: {'; '.join(differ)}; give the same one, "
             "another name, or --overwrite"
@@ -106,11 +100,3 @@ def cut(folder: Path, step: int) -> None:
             kept = [row for row in read_rows(folder / name) if row["step"] <= step]
             files.write(folder / name, files.jsonl(kept), overwrite=True)
     (folder / "error.txt").unlink(missing_ok=True)
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from rlkl import RunError, plan, workers
+from rlkl import RunError, plan, settings, workers
 from rlkl.config import dump
 from rlkl.config.compare import CompareConfig
 from rlkl.plan import Plan, Run
@@ -55,7 +55,7 @@ def compare(
         made.folder.mkdir(parents=True, exist_ok=True)
         tree = yaml.safe_dump(made.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         (made.folder / "compare.yaml").write_text(tree, encoding="utf-8")
-        errors = drive(made, kept, slots)
+        errors = drive(made, kept, slots, overwrite)
         failed = conclude(made, errors)
     if failed:
         raise RunError(f"{failed} of {len(made.runs)} runs failed; the same command does them again")
@@ -68,8 +68,8 @@ def keep(made: Plan) -> list[Run]:
     Raises:
         ValueError: some are finished under other configurations, or a folder holds something else.
     """
-    finished = [run for run in made.runs if plan.finished(run)]
-    other = {run.folder: plan.differences(run) for run in finished}
+    finished = [run for run in made.runs if settings.finished(run.folder)]
+    other = {run.folder: settings.differences(run.folder, run.config) for run in finished}
     said = [f"{folder}: finished with {'; '.join(keys[:5])}" for folder, keys in other.items() if keys]
     if said:
         more = [f"and {len(said) - 3} more"] if len(said) > 3 else []
@@ -117,13 +117,18 @@ def prepare(runs: Sequence[Run]) -> None:
             models.path(config.model, records(config.data, config.seed)[0])
 
 
-def drive(made: Plan, kept: Sequence[Run], slots: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Do the runs that are missing. The errors of those that failed, by name."""
+def drive(
+    made: Plan, kept: Sequence[Run], slots: Sequence[Mapping[str, str]], overwrite: bool = False
+) -> dict[str, str]:
+    """Do the runs that are missing, from their last checkpoint. The errors of those that failed, by name."""
     from rlkl.board import Board
 
     todo = [run for run in made.runs if run not in kept]
     names = [run.config.name for run in todo]
-    jobs = [workers.Job(dump(run.config), run.folder, made.folder / f"{run.config.name}.log") for run in todo]
+    jobs = [
+        workers.Job(dump(run.config), run.folder, made.folder / f"{run.config.name}.log", not overwrite and begun(run))
+        for run in todo
+    ]
     errors: dict[str, str] = {}
     with (
         Board(made.runs, {run.config.name for run in kept}, made.gold, len(slots)) as board,
@@ -137,6 +142,11 @@ def drive(made: Plan, kept: Sequence[Run], slots: Sequence[Mapping[str, str]]) -
             if event.error:
                 errors[names[event.job]] = event.error
     return errors
+
+
+def begun(run: Run) -> bool:
+    """Whether the run was begun under the same configuration, so that it can go on."""
+    return (run.folder / "config.yaml").is_file() and not settings.differences(run.folder, run.config)
 
 
 def conclude(made: Plan, errors: Mapping[str, str]) -> int:

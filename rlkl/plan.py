@@ -15,11 +15,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rlkl import metrics, settings
-from rlkl.config import Config, dump
+from rlkl.config import Config
 from rlkl.config.compare import CompareConfig
 
-OUTPUT = ("name", "folder", "log", "save")
-"""Keys of a run that change what is written, not what is learned."""
 SET_HERE = {"name": "name", "folder": "folder", "seed": "seeds", "log.group": "name"}
 """Keys of a run that a comparison sets, and its own key that decides them."""
 
@@ -104,42 +102,16 @@ def read(source: str | Path | Mapping[str, Any] | CompareConfig, overrides: Sequ
     kept = {key: kept[key] for key in ("base", "arms") if key in kept}
     own = settings.resolve(OmegaConf.masked_copy(tree, [str(key) for key in tree if key not in kept]))
     if isinstance(own.get("axes"), dict):
-        own["axes"] = dict(_flat(own["axes"]))
+        own["axes"] = dict(settings.flat(own["axes"]))
     return settings.check(own | kept, CompareConfig)
-
-
-def finished(run: Run) -> bool:
-    """Whether the run's folder holds its final model, the card of which is written last."""
-    return (run.folder / "final" / "README.md").is_file() and (run.folder / "config.yaml").is_file()
-
-
-def differences(run: Run) -> list[str]:
-    """How the run in the folder differs from the planned one, in what decides its results."""
-    try:
-        there = settings.load(run.folder / "config.yaml")
-    except ValueError as error:
-        return [f"its config.yaml is not read by this version ({str(error).splitlines()[0]})"]
-    old, new = decisive(there), decisive(run.config)
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return [f"{key} {show(old.get(key))}, now {show(new.get(key))}" for key in changed]
-
-
-def decisive(config: Config) -> dict[str, Any]:
-    """What decides a run's results: its resolved keys, dotted, without those of its output."""
-    return dict(_flat({key: value for key, value in dump(config).items() if key not in OUTPUT}))
 
 
 def diff(plan: Plan) -> dict[str, dict[str, str]]:
     """Key -> arm -> value, for the keys in which arms differ; ``–`` where an arm has no such key."""
-    values = {arm: decisive(runs[0].config) for arm, runs in plan.arms.items()}
+    values = {arm: settings.decisive(runs[0].config) for arm, runs in plan.arms.items()}
     keys = dict.fromkeys(key for one in values.values() for key in one)
-    table = {key: {arm: show(one[key]) if key in one else "–" for arm, one in values.items()} for key in keys}
+    table = {key: {arm: settings.show(one[key]) if key in one else "–" for arm, one in values.items()} for key in keys}
     return {key: row for key, row in table.items() if len(set(row.values())) > 1}
-
-
-def show(value: Any) -> str:
-    """A value as in YAML, on one line."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _read_base(tree: DictConfig, beside: Path) -> None:
@@ -162,10 +134,12 @@ def _cells(config: CompareConfig) -> Iterator[tuple[str, list[tuple[str, Any]]]]
         for values in itertools.product(*config.axes.values()):
             name = "".join([arm, *(f",{key}={_label(x)}" for key, x in zip(short, values, strict=True))])
             if name in seen:
-                raise ValueError(f"axes: {name} comes twice, from {show(seen[name])} and {show(values)}; drop one")
+                raise ValueError(
+                    f"axes: {name} comes twice, from {settings.show(seen[name])} and {settings.show(values)}; drop one"
+                )
             seen[name] = values
             # A type comes first: it drops what its section held.
-            own = sorted(_flat(changes), key=lambda change: change[0].rpartition(".")[2] != "type")
+            own = sorted(settings.flat(changes), key=lambda change: change[0].rpartition(".")[2] != "type")
             yield name, [*own, *zip(config.axes, values, strict=True)]
 
 
@@ -184,7 +158,7 @@ def _run(config: CompareConfig, arm: str, changes: Sequence[tuple[str, Any]], se
 def _check_twins(arms: Mapping[str, Sequence[Run]]) -> None:
     seen: dict[str, str] = {}
     for arm, runs in arms.items():
-        key = json.dumps(decisive(runs[0].config))
+        key = json.dumps(settings.decisive(runs[0].config))
         if key in seen:
             raise ValueError(f"arms {seen[key]}, {arm}: equal in every key, so one run would count double; drop one")
         seen[key] = arm
@@ -211,16 +185,7 @@ def _gold(config: CompareConfig, arms: Mapping[str, Sequence[Run]]) -> str:
     return gold
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested mappings."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _label(value: Any) -> str:
     """A value as part of a folder's name."""
-    text = f"{value:g}".replace("e+", "e") if isinstance(value, float) else show(value).strip("[]{}")
+    text = f"{value:g}".replace("e+", "e") if isinstance(value, float) else settings.show(value).strip("[]{}")
     return re.sub(r"[^\w.-]+", "-", text) or "-"

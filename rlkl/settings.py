@@ -1,7 +1,8 @@
 """YAML files and ``a.b=value`` overrides to a validated :class:`rlkl.config.Config`. Torch-free."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -11,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
-from rlkl.config import Config
+from rlkl.config import Config, dump
 
 Checked = TypeVar("Checked", bound=BaseModel)
 
@@ -178,3 +179,42 @@ def _tag(model: type[BaseModel]) -> Any:
 
 def _is_single(annotation: Any) -> bool:
     return isinstance(annotation, type)
+
+
+OUTPUT = ("name", "folder", "log", "save")
+"""Sections and keys that change no result of a run."""
+
+
+def finished(folder: Path) -> bool:
+    """Whether a folder holds a finished run: its final model, the card of which is written last."""
+    return (folder / "final" / "README.md").is_file() and (folder / "config.yaml").is_file()
+
+
+def decisive(config: Config) -> dict[str, Any]:
+    """What decides a run's results: its resolved keys, dotted, without those of its output."""
+    return dict(flat({key: value for key, value in dump(config).items() if key not in OUTPUT}))
+
+
+def differences(folder: Path, config: Config) -> list[str]:
+    """How the run in a folder differs from one of this configuration, in what decides its results."""
+    try:
+        there = load(folder / "config.yaml")
+    except ValueError as error:
+        return [f"its config.yaml is not read by this version ({str(error).splitlines()[0]})"]
+    old, new = decisive(there), decisive(config)
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [f"{key} {show(old.get(key))}, now {show(new.get(key))}" for key in changed]
+
+
+def show(value: Any) -> str:
+    """A value as in YAML, on one line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested mappings."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -39,7 +39,7 @@ def train(
         checkpoint.check(folder, config)
     else:
         tracking.check_folder(folder, overwrite)
-    if resume and (folder / "final").is_dir():
+    if resume and settings.finished(folder):
         Screen(accelerator.is_main_process).say(f"{folder}: finished already; nothing to resume")
         return folder
     with accelerator.main_process_first():  # an embedded model is trained once

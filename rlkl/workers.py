@@ -28,11 +28,15 @@ GOODBYE = 30
 
 @dataclass(frozen=True)
 class Job:
-    """A run for a worker, its folder, and where its lines go until the folder is there (then to its log.txt)."""
+    """A run for a worker, its folder, and where its lines go until the folder is there (then to its log.txt).
+
+    It goes on from its last checkpoint with ``resume``, and else begins anew.
+    """
 
     config: dict[str, Any]
     folder: Path
     log: Path
+    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -235,7 +239,7 @@ def _do(job: Job, pipe: "connection.Connection") -> str | None:
             yield lines
 
     try:
-        train(config, overwrite=True, screen=screen())
+        train(config, overwrite=not job.resume, resume=job.resume, screen=screen())
     except (RunError, ValueError) as error:
         return " ".join(str(error).split())
     except Exception as error:  # whatever a library raises before the run has a folder; the next run goes on

@@ -39,7 +39,7 @@ def dies(prompts, completions):
 
 
 def raises(prompts, completions):
-    if Path("broken").exists():
+    if Path("broken").exists() and Path("runs/broken/raises,seed=3/checkpoints/step_1").exists():
         raise KeyError("no such thing")
     return letters(prompts, completions)
 
@@ -330,7 +330,7 @@ def broken(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     ways = ("dies", "raises", "diverges")
     tree = {
         "name": "broken",
-        "base": base(tiny_model),
+        "base": base(tiny_model, save={"every": 1}),
         "arms": {way: {"rewards.letters.path": f"scores:{way}"} for way in ways} | {"fine": {}},
         "seeds": [3],
         "workers": 1,
@@ -380,6 +380,7 @@ def test_the_same_command_again_does_what_is_missing_and_nothing_else(broken):
     assert (first.root / "stamp").read_text() == str(stamp)
     assert all(run["error"] is None for run in again.summary["runs"].values())
     assert not list(first.folder.rglob("error.txt"))
+    assert "resumed after step 1 of 2" in (first.folder / "raises,seed=3" / "log.txt").read_text()
     golds = [run["gold"] for run in again.summary["runs"].values()]  # the same reward under five names
     assert golds == [golds[0]] * 4
     assert not [p for p in first.folder.iterdir() if p.name.startswith(".") or p.suffix == ".log"]

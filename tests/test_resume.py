@@ -143,10 +143,19 @@ def test_a_finished_run_stays_as_it_is(run: Tree, capsys: pytest.CaptureFixture[
 def test_another_configuration_is_refused_with_the_difference(run: Tree) -> None:
     interrupted(run, [], 7)
     kept = {path: path.read_bytes() for path in Path("runs/tiny").rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"another configuration: kl\.beta=0\.05 there, 0\.1 now;"):
+    with pytest.raises(ValueError, match=r"another configuration: kl\.beta 0\.05, now 0\.1;"):
         rlkl.train(run, ["kl.beta=0.1"], resume=True)
     assert {path: path.read_bytes() for path in Path("runs/tiny").rglob("*") if path.is_file()} == kept
     rlkl.train(run, ["log.every=3", "save.keep=2", "save.every=1"], resume=True)  # these change no result
+
+
+def test_a_kill_between_the_model_and_its_card_writes_both_again(run: Tree) -> None:
+    folder = rlkl.train(run)
+    weights = (folder / "final/model.safetensors").read_bytes()
+    (folder / "final/README.md").unlink()
+    rlkl.train(run, resume=True)
+    assert (folder / "final/README.md").is_file()
+    assert (folder / "final/model.safetensors").read_bytes() == weights
 
 
 def test_only_the_newest_checkpoints_stay(run: Tree) -> None:
