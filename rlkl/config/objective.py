@@ -29,7 +29,13 @@ REFUSED: dict[tuple[str, str], str] = {
 """Why the other combinations are not offered."""
 
 
-class FunctionSource(Section):
+class RewardSource(Section):
+    """What every source of rewards can be asked for."""
+
+    weight: float = Field(1.0, description="in the sum of the sources; 0 = only watched")
+
+
+class FunctionSource(RewardSource):
     """A Python function as a reward: scalar in the manner of TRL, or one reward a token."""
 
     type: Literal["function"]
@@ -40,7 +46,6 @@ class FunctionSource(Section):
         "token: f(rollout) -> [B, T] tensor, causal",
     )
     timeout: float | None = Field(600, gt=0, description="seconds that a call may take; null = any time")
-    weight: float = Field(1.0, description="in the sum of the sources; 0 = only watched")
 
     @property
     def origin(self) -> str:
@@ -48,7 +53,7 @@ class FunctionSource(Section):
         return self.path
 
 
-class AnnotationsSource(Section):
+class AnnotationsSource(RewardSource):
     """Spans as a reward: what a person marked is paid at its last token, what a labeller marks once it is certain."""
 
     type: Literal["annotations"]
@@ -68,7 +73,6 @@ class AnnotationsSource(Section):
     timeout: float | None = Field(
         60, gt=0, description="seconds that the labeller may take for a completion; null = any time"
     )
-    weight: float = Field(1.0, description="in the sum of the sources; 0 = only watched")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -84,7 +88,7 @@ class AnnotationsSource(Section):
         return self.labeller or "spans stored with the data"
 
 
-class LearnedSource(Section):
+class LearnedSource(RewardSource):
     """A reward model: a sequence-classification model with one label scores prompt and completion at the last token.
 
     It must have the policy's tokenizer; its score is paid at the last policy token, one query a completion.
@@ -100,7 +104,6 @@ class LearnedSource(Section):
         "models that never saw one, or whose pad token is EOS, so that transformers read the token before it",
     )
     micro_batch: Positive = Field(64, description="completions scored together; changes memory, not results")
-    weight: float = Field(1.0, description="in the sum of the sources; 0 = only watched")
 
     @property
     def origin(self) -> str:
