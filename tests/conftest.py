@@ -1,7 +1,11 @@
 """Shape checks on every public tensor function, one thread a process, and a tiny model to run on."""
 
+import importlib.util
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,7 @@ from rlkl.tasks.pretrain import train_tokenizer
 
 torch.set_num_threads(1)
 
+ROOT = Path(__file__).resolve().parent.parent
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
     "A small model reads a few short lines.",
@@ -118,6 +123,25 @@ def tiny_config(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "evaluate": {"prompts": 2, "samples_per_prompt": 2},
         "log": {"with": []},
     }
+
+
+@pytest.fixture(scope="session")
+def wheel_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel that is built, without the network, from a copy of the working tree."""
+    for tool in ("pip", "setuptools"):
+        if importlib.util.find_spec(tool) is None:
+            pytest.skip(f"{tool} is not installed, so no wheel can be built")
+    copy = tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, copy / name)
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("rlkl", "trainers", "rewards", "tests"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignored)
+    words = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", "dist", "."]
+    built = subprocess.run([sys.executable, "-m", "pip", *words], cwd=copy, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (path,) = (copy / "dist").glob("*.whl")
+    return path
 
 
 def write_jsonl(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
