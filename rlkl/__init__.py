@@ -67,6 +67,6 @@ def compare(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (
         ValueError: a mistake in the configuration or a folder; nothing was started.
         RunError: runs failed; the others are finished.
     """
-    from rlkl.grid import compare as run
+    from rlkl.grid.compare import compare as run
 
     return run(config, overrides, overwrite=overwrite)

@@ -58,7 +58,7 @@ def compare(
     dry_run: Annotated[bool, typer.Option(help="print the runs and what differs between them")] = False,
 ) -> None:
     """Train every arm with every seed, and set them side by side; what is finished is kept."""
-    from rlkl.grid import compare as run
+    from rlkl.grid.compare import compare as run
 
     run(config, overrides or [], overwrite=overwrite, dry_run=dry_run)
 

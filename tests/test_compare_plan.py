@@ -10,9 +10,10 @@ import yaml
 from conftest import Tree
 from test_compare import SHOWN, base, said, shows
 
-from rlkl import plan, results, settings, tracking, workers
+from rlkl import settings, tracking
 from rlkl.cli import main
 from rlkl.config.compare import CompareConfig
+from rlkl.grid import plan, results, workers
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "compare").glob("*.yaml"))
 Make = Callable[..., plan.Plan]
@@ -255,15 +256,15 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tree, capsys):
 
 
 def test_embedded_models_are_made_once_before_the_workers(tree, monkeypatch):
-    from rlkl import grid
+    from rlkl.grid import compare
 
     made: list[Any] = []
     monkeypatch.setattr("rlkl.models.path", lambda model, records: made.append((model.type, len(records))))
     Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Line {n}"}) + "\n" for n in range(8)))
     tree["base"]["model"] = {"type": "tiny", "texts": ["prompt"]}
-    grid.prepare(plan.make(tree | {"seeds": [0, 1]}).runs)
+    compare.prepare(plan.make(tree | {"seeds": [0, 1]}).runs)
     assert made == [("tiny", 6)] * 2  # one a seed, which splits the prompts, for both arms
-    grid.prepare(plan.make(tree, ["base.model={type: pretrained, path: x}"]).runs)
+    compare.prepare(plan.make(tree, ["base.model={type: pretrained, path: x}"]).runs)
     assert len(made) == 2
 
 

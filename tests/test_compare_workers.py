@@ -18,7 +18,7 @@ from conftest import Tree
 from test_compare import base, furnish, said
 
 import rlkl
-from rlkl import board, plan, workers
+from rlkl.grid import board, plan, workers
 
 
 def until(what: Callable[[], object], seconds: float = 60) -> None:

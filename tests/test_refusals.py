@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import Tree
 
-from rlkl import RunError, cli, models, plan, settings, train
+from rlkl import RunError, cli, models, settings, train
 from rlkl.config import KLConfig
+from rlkl.grid import plan
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,4 +1,4 @@
-"""The configuration of a comparison: a base, arms, axes and seeds. Torch-free; ``rlkl.plan`` makes runs of it."""
+"""The configuration of a comparison: a base, arms, axes and seeds. Torch-free; ``rlkl.grid.plan`` makes runs of it."""
 
 import re
 from typing import Annotated, Any, Self

@@ -1,7 +1,7 @@
 """Persistent processes that take run after run: importing takes seconds, and a crash shall end one run only.
 
-Each is ``python -m rlkl.workers``, not a fork or a spawned copy of the caller's main module, so it starts alike from a
-command, a script or a notebook. A worker ends with its pipe, so none outlives the process that started it.
+Each is ``python -m rlkl.grid.workers``, not a fork or a spawned copy of the caller's main module, so it starts alike
+from a command, a script or a notebook. A worker ends with its pipe, so none outlives the process that started it.
 """
 
 import contextlib
@@ -121,7 +121,7 @@ def _start(slot: Mapping[str, str]) -> Worker:
     environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
     environment["PYTHONIOENCODING"] = "utf-8"
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "rlkl.workers", str(there.fileno())],
+        [sys.executable, "-u", "-m", "rlkl.grid.workers", str(there.fileno())],
         env=environment,
         pass_fds=[there.fileno()],
         stdin=subprocess.DEVNULL,

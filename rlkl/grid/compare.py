@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from rlkl import RunError, plan, settings, workers
+from rlkl import RunError, settings
 from rlkl.config import dump
 from rlkl.config.compare import CompareConfig
-from rlkl.plan import Plan, Run
+from rlkl.grid import plan, workers
+from rlkl.grid.plan import Plan, Run
 
 
 def compare(
@@ -80,7 +81,7 @@ def keep(made: Plan) -> list[Run]:
 
 def show(made: Plan, kept: Sequence[Run], count: int) -> None:
     """The plan: how many runs of what, on how many processes, and the keys in which arms differ."""
-    from rlkl.board import console
+    from rlkl.grid.board import console
 
     screen, config = console(), made.config
     missing = len(made.runs) - len(kept)
@@ -121,7 +122,7 @@ def drive(
     made: Plan, kept: Sequence[Run], slots: Sequence[Mapping[str, str]], overwrite: bool = False
 ) -> dict[str, str]:
     """Do the runs that are missing, from their last checkpoint. The errors of those that failed, by name."""
-    from rlkl.board import Board
+    from rlkl.grid.board import Board
 
     todo = [run for run in made.runs if run not in kept]
     names = [run.config.name for run in todo]
@@ -151,8 +152,9 @@ def begun(run: Run) -> bool:
 
 def conclude(made: Plan, errors: Mapping[str, str]) -> int:
     """Table, summary.json and frontier.png of what is there. How many runs failed."""
-    from rlkl import plots, results
-    from rlkl.board import console
+    from rlkl import plots
+    from rlkl.grid import results
+    from rlkl.grid.board import console
 
     config = made.config
     found = {}

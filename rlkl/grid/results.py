@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from rlkl.plan import Plan
+from rlkl.grid.plan import Plan
 from rlkl.tracking import read_rows
 
 COUNTS = {"tokens": "tokens/generated", "queries": "reward/queries"}

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from rlkl.plan import Run
+from rlkl.grid.plan import Run
 
 QUIET = 30.0
 """Seconds between two lines of progress where there is no live table."""

@@ -1,0 +1,1 @@
+"""A comparison: its plan, its processes, what the terminal shows of it, and what its runs came to."""
