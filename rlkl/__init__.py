@@ -12,15 +12,25 @@ telemetry.switch_off()
 
 
 class RunError(RuntimeError):
-    """A run cannot go on (exit 1). What the user wrote wrong is a ValueError (exit 2)."""
+    """A run cannot go on (exit 1). What the user wrote wrong is a ValueError (exit 2).
+
+    ``said``: another process of the run tells the user, this one is to be silent.
+    """
+
+    def __init__(self, message: str, said: bool = False) -> None:
+        super().__init__(message)
+        self.said = said
 
 
 class Stopped(BaseException):
-    """A run was asked to stop (Ctrl-C, SIGTERM) and did, after a step, with a checkpoint. ``code`` is the exit code."""
+    """A run was asked to stop (Ctrl-C, SIGTERM) and did, after a step, with a checkpoint. ``code`` is the exit code.
 
-    def __init__(self, message: str, code: int) -> None:
+    ``said``: another process of the run tells the user, this one is to be silent.
+    """
+
+    def __init__(self, message: str, code: int, said: bool = False) -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.said = code, said
 
 
 def train(

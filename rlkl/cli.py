@@ -38,16 +38,21 @@ def train(
 
         print(describe(load(config, overrides or [])))
         return
-    from rlkl.launch import close
+    from rlkl.faults import late
+    from rlkl.launch import close, fail
     from rlkl.start import train as run
 
     try:
         run(config, overrides or [], overwrite=overwrite, resume=resume)
         close()
-    except Exception:
+    except Stopped as stopped:
+        close(stopped.code)
+        raise
+    except Exception as error:
         if debug:
             traceback.print_exc()
-        raise
+        fail(2 if isinstance(error, ValueError) else 1)
+        raise late(error) from error.__cause__
 
 
 @app.command()
@@ -151,13 +156,13 @@ def main(argv: list[str] | None = None) -> int:
         command = context.command_path if context else "rlkl"
         return _say(f"{' '.join(error.format_message().split()).rstrip('.')}; see {command} --help", 2)
     except Stopped as stopped:
-        return _say(str(stopped), stopped.code)
+        return stopped.code if stopped.said else _say(str(stopped), stopped.code)
     except (typer.Abort, KeyboardInterrupt):
         result = 130
     except ValueError as error:
         return _say(str(error), 2)
     except RunError as error:
-        return _say(str(error), 1)
+        return 1 if error.said else _say(str(error), 1)
     if result == 130:  # typer's answer to Ctrl-C too
         return _say("interrupted", 130)
     return result if isinstance(result, int) else 0

@@ -1,10 +1,15 @@
-"""What can end a run early, and what a user should be told: memory, full disks, Ctrl-C, rewards that hang."""
+"""What can end a run early, and what a user should be told: memory, full disks, Ctrl-C, rewards that hang.
+
+Where a run has several processes one of them tells: the first that writes the run's error.txt. A process that fails
+writes it before it goes, so those that lose it find it there.
+"""
 
 import contextlib
 import errno
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -15,6 +20,7 @@ from rlkl import RunError
 from rlkl.config import Config
 from rlkl.reduce import global_max
 
+PATIENCE = 5.0  # seconds
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 """Signals that ask a run to stop, and the exit code that tells so."""
 
@@ -24,6 +30,7 @@ def requests() -> Iterator[Callable[[], int]]:
     """Ctrl-C and SIGTERM become a request, the exit code that ``asked()`` returns; a second one ends at once.
 
     ``asked`` is to be called by all processes, and the same everywhere: 0 until any of them was asked to stop.
+    A failure among several processes is told undisturbed: SIGTERM, by which launchers end the others, is ignored then.
     """
     found = [0]
 
@@ -31,7 +38,8 @@ def requests() -> Iterator[Callable[[], int]]:
         if found[0]:
             raise KeyboardInterrupt
         found[0] = SIGNALS[signal.Signals(number)]
-        os.write(2, b"rlkl: finishing the step, then saving; once more ends at once\n")
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"rlkl: finishing the step, then saving; once more ends at once\n")
 
     def asked() -> int:
         return int(global_max(torch.tensor(found[0], device=_device())))
@@ -42,9 +50,19 @@ def requests() -> Iterator[Callable[[], int]]:
     old = {number: signal.signal(number, note) for number in SIGNALS}
     try:
         yield asked
+    except Exception:
+        if several():
+            del old[signal.SIGTERM]
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _device() -> torch.device:
@@ -84,11 +102,19 @@ def told(error: BaseException, config: Config) -> str:
     if isinstance(error, RunError):
         return str(error)
     said = " ".join(f"{type(error).__name__}: {error}".split())
+    if lost(error):
+        return f"another process of this run ended; go on with --resume ({said[:120]})"
     if out_of_memory(error):
         return f"out of memory: {'; '.join(levers(config))} ({said[:120]})"
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in said:
         return f"no space left on the disk of {config.folder}: make room, then go on with --resume ({said})"
     return said
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error says that another process of the run has gone."""
+    texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+    return several() and isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -110,10 +136,27 @@ def levers(config: Config) -> list[str]:
     return found or ["take a smaller model, or lower rollout.max_new_tokens"]
 
 
-def write_error(folder: Path, text: str) -> str:
-    """Keep a traceback in the run's folder, as far as the disk allows; where it is, for the message."""
+def write_error(folder: Path, text: str) -> str | None:
+    """Keep a traceback in the run's folder, as far as the disk allows; where it is, for the message.
+
+    None where another process was first, which then tells the user.
+    """
     try:
-        (folder / "error.txt").write_text(text, encoding="utf-8")
+        with open(folder / "error.txt", "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        return None
     except OSError:
         return ""
     return f" (traceback in {folder / 'error.txt'})"
+
+
+def late(error: Exception) -> Exception:
+    """What a process says of an error before the run began, in time for one of several to say it.
+
+    A mistake that all processes find is told by the first one; the launcher then ends the others while they wait.
+    """
+    if not several() or isinstance(error, RunError) or (os.environ.get("RANK") == "0" and not lost(error)):
+        return error
+    time.sleep(PATIENCE)
+    return RunError("another process of this run ended before it began") if lost(error) else error

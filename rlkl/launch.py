@@ -46,20 +46,26 @@ def accelerator(config: Config, **kwargs: Any) -> Accelerator:
     return made
 
 
-def close() -> None:
+def close(code: int = 0) -> None:
     """Leave together: a rank that goes first would tear down connections that others still use."""
     if dist.is_available() and dist.is_initialized():
         gc.collect()  # models that still hold the group
         dist.barrier()
         dist.destroy_process_group()
-        atexit.register(_leave)
+        atexit.register(_leave, code)
 
 
-def _leave() -> None:
+def fail(code: int) -> None:
+    """Leave alone, once everything is said; the others notice."""
+    if dist.is_available() and dist.is_initialized():
+        atexit.register(_leave, code)
+
+
+def _leave(code: int) -> None:
     """End at once: everything is written, and native threads of the group can abort the interpreter's teardown."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def asked_processes() -> int | None:

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from rlkl import (
     RunError,
@@ -68,7 +69,8 @@ def stop(both: list[tuple[Lane, tracking.Tracker]], code: int) -> NoReturn:
         if tracker.main and lane.step and checkpoint.steps(tracker.folder)[-1:] != [lane.step]:
             checkpoint.save(lane, tracker.folder, lane.config.save.keep)
     done = max(lane.step for lane, _ in both)
-    raise Stopped(f"stopped after step {done}; go on with --resume" if done else "stopped before the first step", code)
+    message = f"stopped after step {done}; go on with --resume" if done else "stopped before the first step"
+    raise Stopped(message, code, said=not both[0][1].main)
 
 
 def begin(lane: Lane, tracker: tracking.Tracker) -> None:
@@ -219,7 +221,8 @@ def assess(lane: Lane, tracker: tracking.Tracker, step: int, metrics: Mapping[st
         result = replace(result, metrics=result.metrics | preferred)
     took = {"time/evaluate": time.perf_counter() - started}
     tracker.metrics(step, {**(metrics or {}), **result.metrics, **took})
-    rows = list(itertools.islice(sample_rows(result), config.log.samples))
+    first = list(itertools.islice(sample_rows(result), config.log.samples))
+    rows = gather_object(first)[: config.log.samples]  # the same ones whatever the processes
     tracker.samples(step, rows)
     tracker.say(terminal.evaluation_line(step, result.metrics), *terminal.samples(rows))
     return result

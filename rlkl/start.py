@@ -65,5 +65,5 @@ def train(
                 run([lane], [tracking.Tracker(folder, main, shown, copies)], accelerator, asked)
         except (Exception, SystemExit) as error:
             kept = faults.write_error(folder, traceback.format_exc())
-            raise RunError(f"{faults.told(error, config)}{kept}") from error
+            raise RunError(f"{faults.told(error, config)}{kept or ''}", said=kept is None) from error
     return folder

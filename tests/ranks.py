@@ -1,9 +1,13 @@
-"""One training step of each of several configurations: the gradients of the whole batch, written by rank 0.
+"""What test_distributed.py and test_processes.py do on several processes, by torchrun, and on one, by a call.
 
-Called in a single process, or by test_distributed.py as ``torchrun --nproc_per_node N ranks.py FOLDER CONFIG...``.
+``ranks.py gradients FOLDER CONFIG...`` writes the gradients of one step of each configuration, of the whole batch;
+``ranks.py runs PLAN`` makes runs one after the other; PLAN is JSON: ``[[config, overrides, resume, stop at], ...]``.
 """
 
+import json
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +15,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from rlkl import launch, loop, settings
+import rlkl
+from rlkl import RunError, launch, loop, settings
 from rlkl.lane import build
 
 torch.set_num_threads(1)
+calls = [0]  # of a reward
 
 
 def gradients(folder: str, configs: Sequence[str]) -> None:
@@ -36,6 +42,55 @@ def gradients(folder: str, configs: Sequence[str]) -> None:
         loop.train_step(lane, 1, accelerator)
 
 
+def runs(plan: Sequence[Any]) -> None:
+    """Make runs; those with a step to stop at fail before it, on every process alike."""
+    whole = loop.train_step
+    for config, overrides, resume, last in plan:
+
+        def train_step(lane: Any, step: int, accelerator: Any, last: int | None = last) -> dict[str, float]:
+            if step == last:
+                raise RunError("enough")
+            return whole(lane, step, accelerator)
+
+        loop.train_step = train_step
+        try:
+            rlkl.train(config, overrides, resume=resume)
+            assert last is None
+        except RunError:
+            if last is None:
+                raise
+        finally:
+            loop.train_step = whole
+
+
+def letters(texts: list[str]) -> list[float]:
+    """The share of letters in each text, as ``conftest.varied``."""
+    return [sum(c.isalpha() for c in text) / max(len(text), 1) for text in texts]
+
+
+def vowels(text: str) -> list[dict[str, Any]]:
+    """Every letter is a span."""
+    found = [(i, "good" if c in "aeiou" else "bad") for i, c in enumerate(text) if c.isalpha()]
+    return [{"start": i, "end": i + 1, "label": label} for i, label in found]
+
+
+def fated(prompts: list[str], completions: list[str]) -> list[float]:
+    """The share of letters; the process and the call that FATE names (``rank call raise|exit|sleep``) come to harm."""
+    calls[0] += 1
+    rank, call, what = os.environ.get("FATE", "-1 0 none").split()
+    if (os.environ.get("RANK"), calls[0]) == (rank, int(call)):
+        if what == "raise":
+            raise OSError("the labeller left")
+        if what == "exit":
+            os._exit(9)
+    if what == "sleep":
+        time.sleep(0.3)
+    return letters(completions)
+
+
 if __name__ == "__main__":
-    gradients(sys.argv[1], sys.argv[2:])
+    if sys.argv[1] == "runs":
+        runs(json.loads(Path(sys.argv[2]).read_text()))
+    else:
+        gradients(sys.argv[2], sys.argv[3:])
     launch.close()

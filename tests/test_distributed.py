@@ -25,7 +25,7 @@ def torchrun(processes: int, *arguments: str) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[:3000] + done.stderr[-3000:]
     return done.stdout
 
 
@@ -73,7 +73,7 @@ def test_the_gradient_of_two_processes_is_that_of_one(tiny_config: Tree, tiny_re
     for folder in ("one", "two"):
         Path(folder).mkdir()
     gradients("one", configs)
-    torchrun(2, str(HERE / "ranks.py"), "two", *configs)
+    torchrun(2, str(HERE / "ranks.py"), "gradients", "two", *configs)
     for name in objectives:
         one, two = (load_file(f"{folder}/{name}.safetensors") for folder in ("one", "two"))
         assert one.keys() == two.keys()

@@ -159,7 +159,7 @@ def test_two_processes_are_one(offline: Tree, tmp_path: Path) -> None:
     for folder in ("one", "two"):
         Path(folder).mkdir()
     gradients("one", ["pairs.yaml"])
-    torchrun(2, str(HERE / "ranks.py"), "two", "pairs.yaml")
+    torchrun(2, str(HERE / "ranks.py"), "gradients", "two", "pairs.yaml")
     one, two = (load_file(f"{folder}/pairs.safetensors") for folder in ("one", "two"))
     scale = max(float(g.abs().max()) for g in one.values())
     assert scale > 1e-3

@@ -147,7 +147,7 @@ def test_the_gradient_of_two_processes_is_that_of_one(offline: Tree) -> None:
     for folder in ("one", "two"):
         Path(folder).mkdir()
     gradients("one", ["stored.yaml"])
-    torchrun(2, str(HERE / "ranks.py"), "two", "stored.yaml")
+    torchrun(2, str(HERE / "ranks.py"), "gradients", "two", "stored.yaml")
     one, two = (load_file(f"{folder}/stored.safetensors") for folder in ("one", "two"))
     scale = max(float(g.abs().max()) for g in one.values())
     assert scale > 1e-3
