@@ -10,10 +10,11 @@ from rlkl import card, models
 from rlkl.adapters import FROZEN, TRAINED
 from rlkl.config import Config
 from rlkl.policy import Policy
+from rlkl.sharding import weights
 
 
 def load_reference(policy: Policy, config: Config, folder: Path) -> None:
-    """Give a policy the reference that its run kept, whatever has become of the model it was made from."""
+    """Give a policy, not placed yet, the reference that its run kept."""
     if config.model.reference != "initial":
         return
     if policy.reference is not None:
@@ -25,23 +26,36 @@ def load_reference(policy: Policy, config: Config, folder: Path) -> None:
         set_peft_model_state_dict(policy.model, load_file(folder / FROZEN / "adapter_model.safetensors"), FROZEN)
 
 
-def save_reference(policy: Policy, config: Config, tokenizer: Any, folder: Path) -> None:
-    """Keep the initial reference, once a run: a snapshot of the weights, a frozen adapter, or (base) nothing."""
-    if config.model.reference != "initial":
+def save_reference(policy: Policy, config: Config, tokenizer: Any, folder: Path, main: bool) -> None:
+    """Keep the initial reference, once a run: a snapshot of the weights, a frozen adapter, or (base) nothing.
+
+    To be called by all processes; the ``main`` one writes.
+    """
+    if config.model.reference != "initial" or (policy.reference is None and not policy.reference_adapter):
+        return
+    model = policy.reference or policy.model
+    state = weights(model)
+    if not main:
         return
     if policy.reference is not None:
-        policy.reference.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
-    elif policy.reference_adapter:
-        policy.model.save_pretrained(folder, selected_adapters=[FROZEN])
+    else:
+        model.save_pretrained(folder, selected_adapters=[FROZEN], state_dict=state)
 
 
-def save_final(policy: Policy, tokenizer: Any, folder: Path) -> None:
-    """A folder that ``from_pretrained`` reads, or ``AutoPeftModelForCausalLM`` for an adapter; whole or not at all."""
+def save_final(policy: Policy, tokenizer: Any, folder: Path, main: bool = True) -> None:
+    """A folder that ``from_pretrained`` reads, or ``AutoPeftModelForCausalLM`` for an adapter; whole or not at all.
+
+    To be called by all processes; the ``main`` one writes.
+    """
+    state = weights(policy.model)
+    if not main:
+        return
     adapted = {"selected_adapters": [TRAINED]} if policy.adapted else {}
     new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
-    policy.model.save_pretrained(new, **adapted)
+    policy.model.save_pretrained(new, state_dict=state, **adapted)
     tokenizer.save_pretrained(new)
     shutil.rmtree(folder, ignore_errors=True)  # an empty one, or one that a kill left without its card
     new.rename(folder)

@@ -14,10 +14,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from rlkl import settings
+from rlkl import artefacts, settings
 from rlkl.config import Config
 from rlkl.data import files
 from rlkl.lane import Lane
+from rlkl.sharding import gathered
 from rlkl.tracking import read_rows
 
 
@@ -36,18 +37,24 @@ def check(folder: Path, config: Config) -> None:
         )
 
 
-def save(lane: Lane, folder: Path, keep: int) -> None:
-    """Write ``checkpoints/step_N/`` of a run, whole or not at all, and drop all but the ``keep`` newest."""
+def save(lane: Lane, folder: Path, keep: int, main: bool = True) -> None:
+    """Write ``checkpoints/step_N/`` of a run, whole or not at all, and drop all but the ``keep`` newest.
+
+    To be called by all processes; the ``main`` one writes.
+    """
+    trained = gathered((n, p) for n, p in lane.policy.named_parameters() if p.requires_grad)
+    moments = gathered(
+        (f"{i}.{name}", torch.as_tensor(x))
+        for i, values in lane.optimiser.state_dict()["state"].items()
+        for name, x in values.items()
+    )
+    lane.saved = lane.step
+    if not main:
+        return
     parent = folder / "checkpoints"
     new = parent / ".new"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    trained = {n: p.detach().cpu().contiguous() for n, p in lane.policy.named_parameters() if p.requires_grad}
-    moments = {
-        f"{i}.{name}": torch.as_tensor(x).cpu().contiguous()
-        for i, values in lane.optimiser.state_dict()["state"].items()
-        for name, x in values.items()
-    }
     save_file(trained, new / "policy.safetensors")
     save_file(moments, new / "optimiser.safetensors")
     (new / "state.json").write_text(json.dumps(lane.state(), indent=2) + "\n", encoding="utf-8")
@@ -68,7 +75,9 @@ def steps(folder: Path) -> list[int]:
 
 
 def load(lane: Lane, folder: Path, step: int) -> None:
-    """Put a lane, as built from the configuration, into the state of a checkpoint.
+    """Put a lane, as built from the configuration and not placed yet, into the state of a checkpoint.
+
+    The reference is the one that the run kept, whatever has become of the model that it was made from.
 
     Raises:
         ValueError: the checkpoint cannot be read, or is of another model.
@@ -91,6 +100,7 @@ def load(lane: Lane, folder: Path, step: int) -> None:
         states.setdefault(int(index), {})[name] = x
     lane.optimiser.load_state_dict({**lane.optimiser.state_dict(), "state": states})
     lane.restore(state)
+    artefacts.load_reference(lane.policy, lane.config, folder / "reference")
 
 
 def cut(folder: Path, step: int) -> None:

@@ -12,10 +12,11 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from rlkl import sharding
 from rlkl.policy import Policy
 from rlkl.reduce import global_sum
 from rlkl.sampling import EVALUATE, Prompts, sample
-from rlkl.types import End, PolicyOutput, Rollout, TokenRewards
+from rlkl.types import End, Need, PolicyOutput, Rollout, TokenRewards
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def evaluate(
         stream=EVALUATE,
         micro_batch=4 * micro_batch,
     )
-    parts = [policy(rollout.rows(i), {"kl", "entropy"}) for i in chunks(len(rollout), micro_batch)]
+    parts = outputs(policy, rollout, {"kl", "entropy"}, micro_batch)
     kl_BT, entropy_BT = join(parts, "kl_BT"), join(parts, "entropy_BT")
     rewards = reward(rollout) if reward else TokenRewards(torch.zeros_like(kl_BT), torch.zeros_like(kl_BT).bool())
     sums = [rollout.length_B.sum(), kl_BT.sum(), entropy_BT.sum(), (rollout.end_B != End.LIMIT).sum()]
@@ -117,6 +118,12 @@ def distinct(completions: list[list[int]], n: int) -> float:
 def chunks(total: int, size: int) -> list[Tensor]:
     """Row indices in consecutive pieces."""
     return [torch.arange(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def outputs(policy: Any, rollout: Rollout, need: set[Need], size: int) -> list[PolicyOutput]:
+    """What a policy says of consecutive micro-batches."""
+    each = ((policy(rollout.rows(i), need), mine) for i, mine in sharding.together(policy, chunks(len(rollout), size)))
+    return [out for out, mine in each if mine]
 
 
 def join(parts: list[PolicyOutput], name: str) -> Tensor:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from rlkl import models, moved, pairs, recording, rewards, tracking
+from rlkl import models, moved, pairs, recording, rewards, sharding, tracking
 from rlkl.config import Config
 from rlkl.data import stored
 from rlkl.data.prompts import PromptSet, records
@@ -28,8 +28,8 @@ STATE = ("step", "beta", "ema", "generated", "queries")
 class Lane:
     """All the state of one run.
 
-    ``judge`` are the sources that can judge new samples; ``marked`` is the fixed set on which the run measures what
-    annotations moved.
+    ``step`` is the last one done, ``saved`` that of the newest checkpoint. ``judge`` are the sources that can judge
+    new samples; ``marked`` is the fixed set on which the run measures what annotations moved.
     """
 
     config: Config
@@ -47,6 +47,7 @@ class Lane:
     generated: int = 0
     queries: int = 0
     step: int = 0
+    saved: int = 0
     forward: Any = None
     rank: int = 0
     ranks: int = 1
@@ -57,7 +58,10 @@ class Lane:
 
     def place(self, accelerator: Accelerator) -> None:
         """Move to the accelerator's device. ``forward`` is the prepared policy, the only one to be called."""
-        self.forward, self.optimiser = accelerator.prepare(self.policy, self.optimiser)
+        if self.config.train.shard:
+            self.forward, self.optimiser = sharding.place(self.policy, self.optimiser, accelerator)
+        else:
+            self.forward, self.optimiser = accelerator.prepare(self.policy, self.optimiser)
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         if self.stored is not None:
             held = recording.share(self.stored.held, self.rank, self.ranks).to(accelerator.device)
@@ -74,6 +78,7 @@ class Lane:
         """Take over what :meth:`state` gave."""
         for name in STATE:
             setattr(self, name, state[name])
+        self.saved = self.step
 
     def minibatches(self, rollout: Rollout, step: int, epoch: int) -> Iterator[tuple[Tensor, float]]:
         """Rows of this process in each update of a pass, and what their weights are multiplied by.

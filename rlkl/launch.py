@@ -22,7 +22,7 @@ def accelerator(config: Config, **kwargs: Any) -> Accelerator:
     """The accelerator of this process: accelerate launch, torchrun, or a single process.
 
     Raises:
-        ValueError: a set-up that this version does not train under, such as sharded parameters.
+        ValueError: sharding by accelerate, or without a second process; fewer prompts than processes.
     """
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
@@ -37,8 +37,13 @@ def accelerator(config: Config, **kwargs: Any) -> Accelerator:
     asked = [k for k in kinds if k == made.distributed_type or os.environ.get(f"ACCELERATE_USE_{k.value}") == "true"]
     if asked:  # on a CPU accelerate would go on unsharded
         raise ValueError(
-            f"launched with {asked[0].value}: sharded parameters are not supported yet; "
-            "use a multi-GPU configuration from configs/accelerate/"
+            f"launched with {asked[0].value}: rlkl shards by itself; launch with torchrun or "
+            "configs/accelerate/multi_gpu.yaml and set train.shard=true"
+        )
+    if config.train.shard and made.num_processes == 1:
+        raise ValueError(
+            "train.shard=true with 1 process: there is none to share parameters with; "
+            "start several (torchrun --nproc_per_node N -m rlkl ...) or drop the key"
         )
     for count, what in ((config.rollout.prompts, "rollout.prompts"), (config.evaluate.prompts, "evaluate.prompts")):
         if count < made.num_processes:

@@ -25,7 +25,7 @@ from rlkl import (
     terminal,
     tracking,
 )
-from rlkl.evaluate import Evaluation, chunks, evaluate, join, sample_rows
+from rlkl.evaluate import Evaluation, evaluate, join, outputs, sample_rows
 from rlkl.lane import Lane, collect
 from rlkl.reduce import finish, global_sum, masked_mean, masked_std
 from rlkl.types import Batch, End, PolicyOutput, Rollout, TokenRewards
@@ -52,9 +52,9 @@ def run(
             if lane.step < step <= lane.config.train.steps:
                 advance(lane, tracker, step, accelerator)
     for lane, tracker in both:
+        tracker.say(*(terminal.show(tracker.folder) if tracker.main else ()))
+        artefacts.save_final(lane.policy, lane.tokenizer, tracker.folder / "final", tracker.main)
         if tracker.main:
-            tracker.say(*terminal.show(tracker.folder))
-            artefacts.save_final(lane.policy, lane.tokenizer, tracker.folder / "final")
             tracker.say(f"figure: {plots.curves(tracker.folder)}", f"model:  {tracker.folder / 'final'}")
             card.write(tracker.folder, tracker.folder / "final", lane.policy.adapted)
 
@@ -66,22 +66,21 @@ def stop(both: list[tuple[Lane, tracking.Tracker]], code: int) -> NoReturn:
         Stopped: always.
     """
     for lane, tracker in both:
-        if tracker.main and lane.step and checkpoint.steps(tracker.folder)[-1:] != [lane.step]:
-            checkpoint.save(lane, tracker.folder, lane.config.save.keep)
+        if lane.step > lane.saved:
+            checkpoint.save(lane, tracker.folder, lane.config.save.keep, tracker.main)
     done = max(lane.step for lane, _ in both)
     message = f"stopped after step {done}; go on with --resume" if done else "stopped before the first step"
     raise Stopped(message, code, said=not both[0][1].main)
 
 
 def begin(lane: Lane, tracker: tracking.Tracker) -> None:
-    """Keep the reference and evaluate it; or, after a checkpoint, take the reference that was kept."""
-    kept = tracker.folder / "reference"
+    """Keep the reference and evaluate it; after a checkpoint there is nothing to do."""
     if lane.step:
         tracker.say(f"resumed after step {lane.step} of {lane.config.train.steps}")
         lane.marked = lane.marked or moved.kept(tracker.folder, lane.rank, lane.ranks, lane.device)
-        return artefacts.load_reference(lane.policy, lane.config, kept)
-    if tracker.main:
-        artefacts.save_reference(lane.policy, lane.config, lane.tokenizer, kept)
+        return
+    kept = tracker.folder / "reference"
+    artefacts.save_reference(lane.policy, lane.config, lane.tokenizer, kept, tracker.main)
     before = assess(lane, tracker, 0)
     if lane.marked is not None and lane.stored is None:
         moved.keep(lane.marked, tracker.folder, tracker.main)
@@ -99,8 +98,8 @@ def advance(lane: Lane, tracker: tracking.Tracker, step: int, accelerator: Accel
     else:
         tracker.metrics(step, metrics)
     lane.step = step
-    if every is not None and step % every == 0 and step < total and tracker.main:
-        checkpoint.save(lane, tracker.folder, lane.config.save.keep)
+    if every is not None and step % every == 0 and step < total:
+        checkpoint.save(lane, tracker.folder, lane.config.save.keep, tracker.main)
 
 
 def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, float]:
@@ -160,8 +159,7 @@ def assign(lane: Lane, rollout: Rollout, rewards: TokenRewards, scored: PolicyOu
 @torch.no_grad()
 def score(lane: Lane, rollout: Rollout) -> PolicyOutput:
     """Policy and reference on the samples, as they are before the update."""
-    rows = chunks(len(rollout), lane.config.train.micro_batch)
-    parts = [lane.forward(rollout.rows(i), lane.score_need) for i in rows]
+    parts = outputs(lane.forward, rollout, lane.score_need, lane.config.train.micro_batch)
     names = [f"{need}_BT" for need in lane.score_need]
     if lane.config.credit.bootstrap_truncated:
         names.append("bootstrap_B")

@@ -62,9 +62,11 @@ def lines(config: Config) -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers and peft, about their own names
         try:
-            return list(estimate(config).lines())
+            table = list(estimate(config).lines())
         except ValueError as error:
             return [f"not worked out: {error}"]
+    shared = "  train.shard: what is held all the time is divided by the number of processes"
+    return [*table, shared] if config.train.shard else table
 
 
 def estimate(config: Config) -> Memory:

@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from rlkl import recording
-from rlkl.evaluate import chunks, join
+from rlkl.evaluate import join, outputs
 from rlkl.reduce import global_sum
 from rlkl.types import Rollout
 
@@ -108,7 +108,7 @@ def measure(policy: Any, marked: Marked, micro_batch: int = 64) -> dict[str, flo
     Each with its standard error, NaN for a single completion. A label that marks no token has none.
     """
     rollout = marked.rollout
-    parts = [policy(rollout.rows(i), {"logp", "ref_logp"}) for i in chunks(len(rollout), micro_batch)]
+    parts = outputs(policy, rollout, {"logp", "ref_logp"}, micro_batch)
     x_BT = rollout.tokens_BT.new_zeros(rollout.tokens_BT.shape, dtype=torch.float64)
     logp_BT, ref_BT = (join(parts, name).double() if parts else x_BT for name in ("logp_BT", "ref_logp_BT"))
     change_BT = logp_BT - ref_BT

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlkl.evaluate import chunks
+from rlkl.evaluate import chunks, outputs
 from rlkl.reduce import global_sum
 from rlkl.types import Batch, PolicyOutput, Rollout, TokenRewards
 
@@ -70,8 +70,8 @@ def measure(policy: Any, rollout: Rollout, beta: float, micro_batch: int = 64) -
     right. ``micro_batch`` is even.
     """
     u_B = torch.zeros(0, dtype=torch.float64, device=rollout.tokens_BT.device)
-    for rows in chunks(len(rollout), micro_batch):
-        out = policy(rollout.rows(rows), {"logp", "ref_logp"})
+    parts = outputs(policy, rollout, {"logp", "ref_logp"}, micro_batch)
+    for out, rows in zip(parts, chunks(len(rollout), micro_batch), strict=True):
         change_BT = (out.get("logp_BT") - out.get("ref_logp_BT")) * rollout.policy_mask_BT[rows]
         u_B = torch.cat([u_B, change_BT.double().sum(-1)])
     margin_P = beta * (u_B[0::2] - u_B[1::2])

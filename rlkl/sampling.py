@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlkl import sharding
 from rlkl.policy import DecodeState, Policy
 from rlkl.rows import inverse_cdf
 from rlkl.stopping import StopStrings
@@ -89,10 +90,11 @@ def sample(
     stops = StopStrings(stop, prompts.decode) if stop and prompts.decode else None
     parts = []
     with evaluating(policy):  # gradient checkpointing would switch the cache off; dropout is off in any case
-        for start in range(0, len(repeat), micro_batch):
-            rows = slice(start, start + micro_batch)
+        pieces = [slice(start, start + micro_batch) for start in range(0, len(repeat), micro_batch)]
+        for rows, mine in sharding.together(policy, pieces):
             state = DecodeState.start(prompt_BP[rows].to(device), prompt_length_B[rows].to(device), temperature)
-            parts.append([x.cpu() for x in _decode(policy, state, u_BT[rows].to(device), eos_ids, stops)])
+            drawn = [x.cpu() for x in _decode(policy, state, u_BT[rows].to(device), eos_ids, stops)]
+            parts += [drawn] if mine else []
     tokens_BT, logp_BT, length_B, end_B = (torch.cat(x) for x in zip(*parts, strict=True))
     width = int(length_B.max())
     mask_BT = torch.arange(width) < length_B[:, None]
@@ -147,7 +149,7 @@ def _decode(
         if stops is not None:
             end_B[stops.completed(token_BT[:, : t + 1], end_B == End.LIMIT)] = int(End.STOP)
         length_B[open_B & (end_B != End.LIMIT)] = t + 1
-        if bool((end_B != End.LIMIT).all()):
+        if sharding.all_agree(policy, (end_B != End.LIMIT).all()):
             break
         state.append(token_B)
     return token_BT, logp_BT, length_B, end_B

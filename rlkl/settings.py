@@ -192,7 +192,8 @@ def finished(folder: Path) -> bool:
 
 def decisive(config: Config) -> dict[str, Any]:
     """What decides a run's results: its resolved keys, dotted, without those of its output."""
-    return dict(flat({key: value for key, value in dump(config).items() if key not in OUTPUT}))
+    leaves = flat({key: value for key, value in dump(config).items() if key not in OUTPUT})
+    return {key: value for key, value in leaves if key != "train.shard"}  # where parameters lie
 
 
 def differences(folder: Path, config: Config) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rlkl import RunError, kl
+from rlkl import RunError, kl, sharding
 from rlkl.config import KLConfig, OptimiserConfig
 from rlkl.evaluate import chunks
 from rlkl.lane import Lane
@@ -56,16 +56,17 @@ def optimise(lane: Lane, rollout: Rollout, batch: Batch, step: int, accelerator:
     need = lane.trainer.need | kl.needs(config.kl)
     metrics: Metrics = {}
     pieces = chunks(len(rollout), config.train.micro_batch)
-    for k, rows in enumerate(pieces):
-        # Ranks may have different numbers of micro-batches: gradients meet in the last one only.
+    for k, (rows, mine) in enumerate(sharding.together(lane.forward, pieces)):
+        # Ranks may have different numbers of micro-batches: gradients meet in the last one only, or all step along.
         last = k == len(pieces) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(lane.forward):
             out = lane.forward(rollout.rows(rows), need)
             loss, part = step_loss(lane.trainer, config.kl, lane.beta, out, batch.rows(rows))
-            accelerator.backward(loss * lane.ranks)  # gradients are averaged over ranks, the loss is a global sum
-        metrics = merge(metrics, part)
+            # Gradients are averaged over ranks, the loss is a global sum.
+            accelerator.backward(loss * (lane.ranks * mine))
+        metrics = merge(metrics, part) if mine else metrics
     trained = [p for p in lane.policy.parameters() if p.requires_grad]
-    norm = accelerator.clip_grad_norm_(trained, config.optimiser.max_grad_norm)
+    norm = sharding.whole(accelerator.clip_grad_norm_(trained, config.optimiser.max_grad_norm))
     # The norm is that of the gradients of all processes, so that they all decide alike.
     if not (finite := bool(norm.isfinite())) and config.train.on_nonfinite == "stop":
         raise NotFinite(f"step {step}: the gradient norm is {float(norm)}; lower optimiser.learning_rate")

@@ -1,6 +1,7 @@
 """What test_distributed.py and test_processes.py do on several processes, by torchrun, and on one, by a call.
 
 ``ranks.py gradients FOLDER CONFIG...`` writes the gradients of one step of each configuration, of the whole batch;
+``ranks.py held CONFIG...`` prints what the first process holds;
 ``ranks.py runs PLAN`` makes runs one after the other; PLAN is JSON: ``[[config, overrides, resume, stop at], ...]``.
 """
 
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import rlkl
-from rlkl import RunError, launch, loop, settings
+from rlkl import RunError, launch, loop, settings, sharding
 from rlkl.lane import build
 
 torch.set_num_threads(1)
@@ -30,10 +31,11 @@ def gradients(folder: str, configs: Sequence[str]) -> None:
         accelerator = launch.accelerator(config)
         lane = build(config)
         lane.place(accelerator)
+        assert sharding.sharded(lane.forward) == config.train.shard
         clip = accelerator.clip_grad_norm_
 
         def keep(parameters: Any, *rest: Any, lane: Any = lane, clip: Any = clip, path: str = path) -> Any:
-            found = {n: p.grad.clone() for n, p in lane.policy.named_parameters() if p.requires_grad}
+            found = {n: sharding.whole(p.grad).clone() for n, p in lane.policy.named_parameters() if p.requires_grad}
             if lane.rank == 0:
                 save_file(found, Path(folder) / f"{Path(path).stem}.safetensors")
             return clip(parameters, *rest)
@@ -88,8 +90,22 @@ def fated(prompts: list[str], completions: list[str]) -> list[float]:
     return letters(completions)
 
 
+def held(configs: Sequence[str]) -> None:
+    """Print the share of policy and reference that the first process holds under every configuration."""
+    for path in configs:
+        config = settings.load(path)
+        lane = build(config)
+        size = sum(p.numel() for p in lane.policy.parameters())
+        lane.place(launch.accelerator(config))
+        parts = [p.to_local() if sharding.sharded(lane.forward) else p for p in lane.policy.parameters()]
+        if lane.rank == 0:
+            print(f"{sum(p.numel() for p in parts) / size:.3f}")
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "runs":
+    if sys.argv[1] == "held":
+        held(sys.argv[2:])
+    elif sys.argv[1] == "runs":
         runs(json.loads(Path(sys.argv[2]).read_text()))
     else:
         gradients(sys.argv[2], sys.argv[3:])

@@ -15,10 +15,12 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from conftest import RECORDS, Tree, metrics, write_jsonl
 from pydantic import BaseModel
 from safetensors.torch import load_file
+from test_distributed import HERE, torchrun
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -905,6 +907,15 @@ def test_an_update_that_is_not_finite_ends_the_run_or_is_left_out(run):
     skipped = run({**overrides, "train.on_nonfinite": "skip"})
     assert series(skipped, "policy/skipped") == [1, 1]
     assert {row["kl/sequence"] for row in metrics(skipped)} == {0.0}
+
+
+@shows("train.shard")
+def test_every_process_holds_a_part_of_policy_and_reference(tiny_config):
+    for shard in (False, True):
+        config = {**tiny_config, "train": {"steps": 1, "shard": shard}}
+        Path(f"{shard}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    said = torchrun(2, str(HERE / "ranks.py"), "held", "False.yaml", "True.yaml").split()
+    assert said[0] == "1.000" and 0.5 <= float(said[1]) < 0.51
 
 
 @shows("save.every", "save.keep")

@@ -223,3 +223,9 @@ def test_the_numbers_in_the_configuration_of_the_half_billion_model(tmp_path):
     table = memory.lines(settings.load(path, [f"model.path={tmp_path}"]))
     said = [line.removeprefix("#   ").strip() for line in path.read_text().splitlines() if line.startswith("#   ")]
     assert [line.strip() for line in table] == said[: len(table)]
+
+
+def test_what_sharding_divides_is_said(folder: Path) -> None:
+    plain, shared = (memory.lines(config(folder, train={"head_chunk": 64, "shard": shard})) for shard in (False, True))
+    assert shared[:-1] == plain
+    assert "train.shard: what is held all the time is divided" in shared[-1]

@@ -83,6 +83,9 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="recompute layers in the backward pass: less memory, more time, same results"
     )
+    shard: bool = Field(
+        False, description="every process holds a part of policy, reference and optimiser; changes memory, not results"
+    )
     micro_batch: Positive = Field(64, description="completions a forward/backward; changes memory, not results")
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="a gradient that is not finite: end the run, its batch kept; or leave that update out"
