@@ -68,6 +68,20 @@ def compare(
     run(config, overrides or [], overwrite=overwrite, dry_run=dry_run)
 
 
+@app.command("reward-model")
+def reward_model(
+    config: Annotated[str, typer.Argument(help="a YAML file, see configs/reward_model/")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
+    overwrite: Annotated[bool, typer.Option(help="replace the reward model in the output folder")] = False,
+) -> None:
+    """Train a reward model from preferences or marked spans, and measure it on held-out records."""
+    from rich.console import Console
+
+    from rlkl.reward_model import build
+
+    Console(highlight=False).print(build.table(build.train(config, overrides or [], overwrite=overwrite)))
+
+
 @app.command()
 def sample(
     run: Annotated[str, typer.Argument(help="the folder of a finished run")],

@@ -10,7 +10,13 @@ from typing import Any
 import huggingface_hub.utils.logging as hub_logging
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -59,24 +65,51 @@ def from_folder(path: str | Path, dtype: str = "float32", key: str = "model.path
     return model, tokenizer
 
 
-def reward_model(path: str | Path, key: str = "path") -> tuple[Any, Any]:
-    """A frozen sequence-classification model with one score, in its own dtype, and its tokenizer.
+HEADS = ("score", "classifier")
+SCORED = {
+    "sequence": (AutoModelForSequenceClassification, "a sequence-classification model of one label"),
+    "token": (AutoModelForTokenClassification, "a token-classification model of one label"),
+}
+
+
+def reward_model(path: str | Path, key: str = "path", kind: str = "sequence") -> tuple[Any, Any]:
+    """A frozen model with one score, of a sequence or a token, in its own dtype, and its tokenizer.
 
     Remote code and pickles of strangers are never run. ``key`` is what a mistake is blamed on.
 
     Raises:
         ValueError: there is no such folder, or it does not hold such a model, whole, and its tokenizer.
     """
-    with _loading(path, key, "a sequence-classification model of one label"):
+    auto, what = SCORED[kind]
+    with _loading(path, key, what):
         if (Path(path) / "adapter_config.json").is_file():
             raise ValueError("it holds an adapter; merge it into its base")
-        model = _whole(AutoModelForSequenceClassification, path, "auto")
+        model = _whole(auto, path, "auto")
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if model.config.num_labels != 1:
             raise ValueError(f"it has {model.config.num_labels} labels, not one score")
-        if not hasattr(model, "score") or not hasattr(model, "base_model"):
+        if kind == "sequence" and (not hasattr(model, "score") or not hasattr(model, "base_model")):
             raise ValueError(f"{type(model).__name__} has no score head that reads the last token")
     return model.eval().requires_grad_(False), tokenizer
+
+
+def headed(path: str | Path, kind: str, dtype: str = "float32") -> Any:
+    """The trunk of a causal LM with a fresh head of one score, of a sequence or of every token.
+
+    Raises:
+        ValueError: there is no such folder, or it holds no such model, or an adapter.
+    """
+    auto, what = SCORED[kind]
+    with _loading(path, "model.path", "a causal LM"):
+        if (Path(path) / "adapter_config.json").is_file():
+            raise ValueError("it holds an adapter; merge it into its base (rlkl export --merge)")
+        model, found = auto.from_pretrained(
+            path, dtype=dtype, num_labels=1, trust_remote_code=False, output_loading_info=True
+        )
+        trunk = [n for n in found["missing_keys"] if n.split(".")[0] not in HEADS]
+        if trunk:
+            raise ValueError(f"lacks the weights {', '.join(sorted(trunk)[:3])} of {what}")
+    return model
 
 
 @contextlib.contextmanager
@@ -105,8 +138,8 @@ def _whole(kind: Any, path: str | Path, dtype: str) -> Any:
     return model
 
 
-def add_adapter(model: Any, config: LoraConfig, path: str) -> Any:
-    """A fresh LoRA adapter on a frozen base.
+def add_adapter(model: Any, config: LoraConfig, path: str, heads: Sequence[str] = ()) -> Any:
+    """A fresh LoRA adapter on a frozen base; ``heads`` are modules that train whole, and have no adapter.
 
     Raises:
         ValueError: the model has an adapter already, or none of the targets.
@@ -122,7 +155,7 @@ def add_adapter(model: Any, config: LoraConfig, path: str) -> Any:
         lora_alpha=config.alpha,
         target_modules=targets,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        task_type="CAUSAL_LM",
+        **({"modules_to_save": list(heads), "exclude_modules": list(heads)} if heads else {"task_type": "CAUSAL_LM"}),
     )
     if Path(path).is_dir():
         model.name_or_path = str(Path(path).resolve())  # the adapter finds its base from every folder

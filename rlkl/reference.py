@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 
 from rlkl.config import GRADIENT, REFUSED, Config
 from rlkl.config.compare import CompareConfig
+from rlkl.config.reward_model import FitConfig, RewardModelConfig
 
 HEAD = """# Configuration
 
@@ -33,6 +34,7 @@ def page() -> str:
             *_table("", top),
             *(text for name, field in nested for text in _section(name, field)),
             *_comparison(),
+            *_reward_model(),
             *_kl(),
         ]
     )
@@ -144,7 +146,7 @@ def _default(field: FieldInfo) -> str:
         return f"`[{', '.join(map(str, value))}]`"
     if isinstance(value, dict):
         return f"`{{{', '.join(f'{k}: {v}' for k, v in value.items())}}}`"
-    return f"`{value}`"
+    return f"`{value}`".replace("\n", "\\n")
 
 
 def _meaning(field: FieldInfo) -> str:
@@ -176,6 +178,16 @@ def _comparison() -> Iterator[str]:
     yield "## A comparison\n"
     yield "`rlkl compare CONFIG` reads a file of these keys ([compare.md](compare.md)); overrides apply to them.\n"
     yield from _table("", list(CompareConfig.model_fields.items()))
+
+
+def _reward_model() -> Iterator[str]:
+    """The keys of a third kind of file."""
+    yield "## A reward model\n"
+    yield "`rlkl reward-model CONFIG` reads a file of these keys; `model` is a run's, without reference and critic.\n"
+    fields = RewardModelConfig.model_fields
+    yield from _table("", [(name, fields[name]) for name in ("output", "kind", "seed")])
+    yield from _table("train", list(FitConfig.model_fields.items()))
+    yield from (text.replace("## ", "### ") for text in _section("data", fields["data"]))
 
 
 def _kl() -> Iterator[str]:

@@ -13,19 +13,13 @@ class FactsData(Section):
     type: Literal["facts"]
 
 
-class SplitData(Section):
-    """Records that are split, and whose prompts must fit the context."""
+class HeldData(Section):
+    """Records, some of which are held out."""
 
     held_out: float | str = Field(
         0.1,
         description="share of the distinct prompts kept for evaluation (equal prompts stay together), "
-        "or where other held-out records are: a second file (jsonl, annotated), another split (datasets)",
-    )
-    max_prompt_tokens: Positive | None = Field(
-        None, description="longest prompt, tokens; null = what the context leaves beside rollout.max_new_tokens"
-    )
-    overlong: Literal["refuse", "drop"] = Field(
-        "refuse", description="longer prompts are an error, or are left out and counted"
+        "or where other held-out records are: a second file, or another split (where datasets reads it)",
     )
 
     @model_validator(mode="after")
@@ -33,6 +27,17 @@ class SplitData(Section):
         if isinstance(self.held_out, float) and not 0 < self.held_out < 1:
             raise ValueError(f"held_out={self.held_out}: a share must lie between 0 and 1, or name a file or split")
         return self
+
+
+class SplitData(HeldData):
+    """Records that are split, and whose prompts must fit the context."""
+
+    max_prompt_tokens: Positive | None = Field(
+        None, description="longest prompt, tokens; null = what the context leaves beside rollout.max_new_tokens"
+    )
+    overlong: Literal["refuse", "drop"] = Field(
+        "refuse", description="longer prompts are an error, or are left out and counted"
+    )
 
 
 class TableData(SplitData):

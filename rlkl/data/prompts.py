@@ -1,7 +1,7 @@
 """Prompts: split, rendered, tokenised and served in a seeded order."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,19 +26,30 @@ def records(config: Data, seed: int) -> tuple[list[Record], list[Record]]:
 
         rows = facts.prompts()
         return [r for r in rows if r["split"] == "train"], [r for r in rows if r["split"] == "eval"]
-    train = sources.read(config)
-    if isinstance(config.held_out, str):
-        held = sources.read(config, config.held_out)
+    return split(config.held_out, config.path, lambda held_out: sources.read(config, held_out), seed)
+
+
+def split(
+    held_out: float | str, path: str, read: Callable[[str | None], list[Record]], seed: int
+) -> tuple[list[Record], list[Record]]:
+    """Training and held-out records; ``read`` gives those of a file or split that ``held_out`` names, or else of all.
+
+    Raises:
+        ValueError: they cannot be split, or a prompt is on both sides.
+    """
+    train = read(None)
+    if isinstance(held_out, str):
+        held = read(held_out)
         if both := {_key(r) for r in train} & {_key(r) for r in held}:
             raise ValueError(
-                f"data.held_out={config.held_out}: {len(both)} of its prompts are training prompts too, such as "
+                f"data.held_out={held_out}: {len(both)} of its prompts are training prompts too, such as "
                 f"{min(both)[:40]!r}; name other records, or a share, which keeps equal prompts together"
             )
         return train, held
     distinct = list(dict.fromkeys(_key(r) for r in train))
     if len(distinct) < 2:
-        raise ValueError(f"{config.path}: 1 record (or many of 1 prompt) cannot be split; name others in data.held_out")
-    kept = min(max(round(len(distinct) * config.held_out), 1), len(distinct) - 1)
+        raise ValueError(f"{path}: 1 record (or many of 1 prompt) cannot be split; name others in data.held_out")
+    kept = min(max(round(len(distinct) * held_out), 1), len(distinct) - 1)
     chosen = {distinct[i] for i in permutation(seed, SPLIT, 0, len(distinct))[:kept]}
     return [r for r in train if _key(r) not in chosen], [r for r in train if _key(r) in chosen]
 

@@ -1,19 +1,18 @@
 """The reward model of `facts`: trained from the labeller's preferences between samples of the base model.
 
 Two samples of a training prompt are compared by `facts.prefer`; ties are left out. The base model with a score head
-learns from these pairs by trl's `RewardTrainer`, in a process of its own (see `rlkl.tasks.pretrain`). The prompts
-that `facts` holds out are held out here too: on pairs of theirs its accuracy is measured.
+learns from these pairs as every reward model does (`rlkl.reward_model.fit`). The prompts that `facts` holds out are
+held out here too: on pairs of theirs its accuracy is measured.
 """
 
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlkl.tasks import facts
-from rlkl.tasks.pretrain import cached, no_progress_bars, run_apart
+from rlkl.tasks.pretrain import cached, no_progress_bars
 
 RECIPE: dict[str, Any] = {
     "samples": 64,  # of each of the 96 training prompts, compared two by two
@@ -54,7 +53,7 @@ def train_reward_model(
 
     They are also written, as `preferences.json`. Equal arguments give equal weights.
     """
-    from transformers import AutoTokenizer
+    from rlkl.reward_model.fit import fit
 
     train = preferences(base, "train", samples, max_new_tokens, seed)
     held_out = preferences(base, "eval", samples, max_new_tokens, seed)
@@ -63,12 +62,8 @@ def train_reward_model(
         file=sys.stderr,
         flush=True,
     )
-    settings = {"epochs": epochs, "batch": batch, "lr": lr, "warmup": warmup, "seed": seed}
-    job = {"train": train, "base": str(base), **settings}
-    with tempfile.TemporaryDirectory() as name:
-        (Path(name) / "job.json").write_text(json.dumps(job))
-        run_apart("rlkl.tasks.facts_reward", Path(name), folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    settings = {"epochs": epochs, "batch": batch, "learning_rate": lr, "warmup": warmup}
+    fit(folder, base, train, {**settings, "schedule": "cosine", "weight_decay": 0.0}, seed=seed)
     found = {"accuracy": accuracy(folder, held_out), "held_out_pairs": len(held_out), "training_pairs": len(train)}
     (folder / "preferences.json").write_text(json.dumps(found, indent=2))
     print(
@@ -125,40 +120,3 @@ def accuracy(folder: Path, pairs: Sequence[Pair]) -> float:
         scoring.scores(model, [pair[side] for pair in pairs], 64) for side in ("chosen_ids", "rejected_ids")
     )
     return float((chosen > rejected).float().mean())
-
-
-def _train(job_folder: Path, folder: Path) -> None:
-    """Train the reward model that a job describes and save it in `folder`."""
-    from datasets import Dataset
-    from datasets.utils.logging import disable_progress_bar
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
-    from trl import RewardConfig, RewardTrainer
-
-    job = json.loads((job_folder / "job.json").read_text())
-    disable_progress_bar()
-    set_seed(job["seed"])
-    model = AutoModelForSequenceClassification.from_pretrained(job["base"], num_labels=1, dtype="float32")
-    arguments = RewardConfig(
-        output_dir=str(job_folder),
-        num_train_epochs=job["epochs"],
-        per_device_train_batch_size=job["batch"],
-        learning_rate=job["lr"],
-        warmup_steps=job["warmup"],
-        lr_scheduler_type="cosine",
-        seed=job["seed"],
-        max_length=None,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        disable_tqdm=True,
-        report_to="none",
-        logging_strategy="no",
-        save_strategy="no",
-    )
-    tokenizer = AutoTokenizer.from_pretrained(job["base"])
-    RewardTrainer(model, arguments, train_dataset=Dataset.from_list(job["train"]), processing_class=tokenizer).train()
-    model.save_pretrained(folder)
-
-
-if __name__ == "__main__":
-    _train(Path(sys.argv[1]), Path(sys.argv[2]))

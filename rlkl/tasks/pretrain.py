@@ -195,20 +195,25 @@ def no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def run_apart(module: str, *folders: Path) -> None:
-    """Run a module on folders, the first of which holds its job, in a process that sees one CPU thread, no GPU and no
-    launcher.
+def run_apart(module: str, *folders: Path, cpu: bool = True, shown: bool = False) -> None:
+    """Run a module on folders, the first of which holds its job, in a process that sees no launcher.
+
+    With ``cpu`` it sees one CPU thread and no GPU either. With ``shown`` it writes to this terminal.
 
     Raises:
         RuntimeError: it failed; the message ends with what it wrote.
     """
     environment = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS)}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    environment |= {"TOKENIZERS_PARALLELISM": "false"}
+    if cpu:
+        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
     command = [sys.executable, "-m", module, *map(str, folders)]
-    done = subprocess.run(command, cwd=folders[0], env=environment, capture_output=True, text=True)
+    heard: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": None if shown else subprocess.PIPE}
+    done = subprocess.run(command, cwd=folders[0], env=environment, text=True, **heard)
     if done.returncode:
-        raise RuntimeError(f"training the tiny model failed (exit {done.returncode}):\n{done.stderr[-2000:]}")
+        said = "" if shown else f":\n{done.stderr[-2000:]}"
+        raise RuntimeError(f"training the tiny model failed (exit {done.returncode}){said}")
 
 
 def _train(folder: Path) -> None:

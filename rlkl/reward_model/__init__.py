@@ -1,0 +1,1 @@
+"""Reward models, trained from what people judged: whole completions side by side, or spans of them."""
