@@ -4,6 +4,7 @@ from typing import Any
 
 from rlkl import RunError, models, scoring
 from rlkl.config import LearnedSource
+from rlkl.data.spans import Decoded
 from rlkl.rewards.function import pay_at_end
 from rlkl.types import End, Rollout, TokenRewards
 
@@ -70,4 +71,16 @@ class LearnedReward:
         prompts = zip(rollout.prompt_BP.tolist(), rollout.prompt_length_B.tolist(), strict=True)
         rows = zip(prompts, rollout.completion_ids(), rollout.end_B.tolist(), strict=True)
         end = [self.tokenizer.eos_token_id] if self.config.eos else []
-        return [[*ids[:n], *(y[:-1] if how == End.EOS else y), *end] for (ids, n), y, how in rows]
+        texts = rollout.texts() if rollout.stop else [""] * len(rollout)
+        return [
+            [*ids[:n], *self._said(y, how, text, rollout), *end]
+            for ((ids, n), y, how), text in zip(rows, texts, strict=True)
+        ]
+
+    @staticmethod
+    def _said(ids: list[int], how: int, text: str, rollout: Rollout) -> list[int]:
+        """The tokens of a completion without the EOS or the stop string that ended it, which is no part of its text."""
+        if how == End.STOP:
+            assert rollout.decode is not None, "this rollout has no tokenizer"
+            return ids[: max(Decoded(ids, rollout.decode, text).tokens(0, len(text)), default=-1) + 1] if text else []
+        return ids[:-1] if how == End.EOS else ids

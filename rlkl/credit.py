@@ -270,7 +270,8 @@ def likelihood(rollout: Rollout, rewards: TokenRewards, out: PolicyOutput, cfg: 
 
     The rollout's own annotation, which may look ahead, comes before rewards. A token trains where its window holds
     an annotated one; the normaliser is the number of those in the global batch. Behaviour log-probs are the
-    policy's on its own samples and the reference's otherwise.
+    policy's on its own samples and the reference's otherwise. A batch without an annotated token has no weight at all,
+    its KL neither: it would be divided by nothing.
     """
     mask_BT = rollout.policy_mask_BT
     given_BT, marked_BT = rewards.value_BT, rewards.scored_BT
@@ -293,5 +294,5 @@ def likelihood(rollout: Rollout, rewards: TokenRewards, out: PolicyOutput, cfg: 
         behaviour_logp_BT=behaviour_BT,
         annotation_BT=w_BT,
         pair_B=rollout.pair_B,
-        kl_weight_BT=mask_BT / tokens.clamp(min=1),
+        kl_weight_BT=mask_BT * (tokens > 0) / tokens.clamp(min=1),
     )

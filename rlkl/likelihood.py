@@ -32,8 +32,10 @@ def unlikelihood(logp_BT: Float[Tensor, "B T"], w_BT: Float[Tensor, "B T"], weig
     Bounded; with exact reverse KL :math:`\mathrm{logit}\,p=\mathrm{logit}\,q-m/(\beta(1-p))` for a share m of bad data.
     """
     good_BT, bad_BT = _split(w_BT)
-    # log(1-p) from log p; the clamp keeps a token of probability one finite.
-    log_rest_BT = torch.log(-torch.expm1(logp_BT.clamp(max=-1e-7)))
+    # log(1-p) from log p, bounded where p rounds to one; the bound is no part of the gradient, or such a token would
+    # be pressed by nothing.
+    bounded_BT = logp_BT + (logp_BT.clamp(max=-1e-7) - logp_BT).detach()
+    log_rest_BT = torch.log(-torch.expm1(bounded_BT))
     return _reported(-good_BT * logp_BT - bad_BT * log_rest_BT, weight_BT)
 
 

@@ -151,8 +151,11 @@ def assign(lane: Lane, rollout: Rollout, rewards: TokenRewards, scored: PolicyOu
     if config.trainer.type != "token_likelihood" or kl.needs(config.kl):  # else the loss holds beta, or there is none
         kl.check_origin(config.kl, rollout.origin)
     if config.trainer.type == "token_likelihood":
-        return credit.likelihood(lane.reward.annotate(rollout), rewards, scored, config.credit)
-    batch, lane.ema = credit.assign(rollout, rewards, scored, config.credit, config.kl, lane.beta, lane.ema)
+        batch = credit.likelihood(lane.reward.annotate(rollout), rewards, scored, config.credit)
+    else:
+        batch, lane.ema = credit.assign(rollout, rewards, scored, config.credit, config.kl, lane.beta, lane.ema)
+    if config.rollout.replay is not None:  # ratios and importance weights are against the policy that drew the samples
+        batch = replace(batch, behaviour_logp_BT=rollout.get("behaviour_logp_BT"))
     return batch
 
 

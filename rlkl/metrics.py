@@ -63,7 +63,7 @@ METRICS: dict[str, tuple[str, str]] = {
         "mean absolute difference of the log-probs of sampling and of training for the same tokens, where "
         "they were sampled; 0 up to rounding",
     ),
-    "policy/skipped": ("share", "updates of the step left out, since their gradient was not finite"),
+    "policy/skipped": ("share", "updates of the step left out: their gradient was not finite, or exactly zero"),
     "policy/grad_norm": ("1", "global norm of the gradient before it is clipped to optimiser.max_grad_norm"),
     "policy/learning_rate": ("1", "the optimiser's learning rate in this step"),
     "policy/epochs": ("passes", "over the samples of this step; PPO's target_kl may end them early"),

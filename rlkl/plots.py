@@ -53,39 +53,56 @@ def _curves(rows: list[dict[str, Any]], prefix: str, suffix: str) -> dict[str, s
 
 
 def frontier(
-    path: Path, arms: Mapping[str, Sequence[Sequence[tuple[float, float]]]], gold: str, match_kl: float | None = None
+    path: Path, arms: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], gold: str, match_kl: float | None = None
 ) -> Path:
-    """Gold against KL on a square-root axis: a line a run through all its evaluations (KL, gold), a colour an arm."""
+    """Gold against KL on a square-root axis, and against labels asked for: a line a run, a colour an arm.
+
+    A run is its evaluations, each with ``kl``, ``gold`` and ``queries``. Without queries there is one panel.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    asked = any(point["queries"] for runs in arms.values() for run in runs for point in run)
+    figure, axes = plt.subplots(
+        1, 2 if asked else 1, figsize=(11 if asked else 8, 5), layout="constrained", sharey=True
+    )
+    left, *right = axes if asked else [axes]
+    for axis, key in zip((left, *right), ("kl", "queries"), strict=False):
+        _runs(axis, arms, key)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    if match_kl is not None:
+        left.axvline(match_kl, color="0.5", linestyle="--", linewidth=1)
+        left.text(match_kl, 0.01, f" {match_kl:g} nats", transform=left.get_xaxis_transform(), color="0.3", fontsize=9)
+    left.set_xscale("function", functions=(lambda x: x.clip(min=0) ** 0.5, lambda x: x**2))
+    most = max([p["kl"] for runs in arms.values() for run in runs for p in run] + [match_kl or 0.0]) or 1.0
+    left.set_xlim(0, most * 1.05)
+    left.set_xticks(_square_ticks(most))
+    left.xaxis.set_major_formatter("{x:g}")
+    left.set(xlabel="KL to the reference, nats a sequence (square-root scale)", ylabel=f"{gold} (held out)")
+    left.legend(frameon=False, fontsize=9)
+    for axis in right:
+        axis.set(xlabel="label queries of training", xlim=(0, None))
+    figure.suptitle("A line a run, a point an evaluation; the large one is the last", fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _runs(axis: Any, arms: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], key: str) -> None:
+    """Gold of every run against one quantity of its evaluations."""
+    import matplotlib.pyplot as plt
+
     colours = plt.get_cmap("tab10" if len(arms) <= 10 else "turbo")
     for k, (arm, runs) in enumerate(arms.items()):
         colour = colours(k) if len(arms) <= 10 else colours(k / (len(arms) - 1))
         for n, run in enumerate(runs):
-            kls, golds = [max(kl, 0.0) for kl, _ in run], [value for _, value in run]
+            x, golds = [max(point[key], 0.0) for point in run], [point["gold"] for point in run]
             style = {"color": colour, "marker": MARKERS[k % len(MARKERS)], "markersize": 4, "linewidth": 1.4}
-            axis.plot(kls, golds, label=arm if n == 0 else None, alpha=0.85, clip_on=False, **style)
-            axis.plot(kls[-1], golds[-1], **{**style, "markersize": 8})
-    if match_kl is not None:
-        axis.axvline(match_kl, color="0.5", linestyle="--", linewidth=1)
-        axis.text(match_kl, 0.01, f" {match_kl:g} nats", transform=axis.get_xaxis_transform(), color="0.3", fontsize=9)
-    axis.set_xscale("function", functions=(lambda x: x.clip(min=0) ** 0.5, lambda x: x**2))
-    most = max([kl for runs in arms.values() for run in runs for kl, _ in run] + [match_kl or 0.0]) or 1.0
-    axis.set_xlim(0, most * 1.05)
-    axis.set_xticks(_square_ticks(most))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.set(xlabel="KL to the reference, nats a sequence (square-root scale)", ylabel=f"{gold} (held out)")
-    axis.set_title("A line a run, a point an evaluation; the large one is the last", fontsize=10)
-    axis.legend(frameon=False, fontsize=9)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+            axis.plot(x, golds, label=arm if n == 0 else None, alpha=0.85, clip_on=False, **style)
+            axis.plot(x[-1], golds[-1], **{**style, "markersize": 8})
 
 
 def _square_ticks(most: float) -> list[float]:

@@ -44,12 +44,17 @@ def arithmetic(config: Config, ranks: int = 1) -> list[str]:
     ]
 
 
-def hazards(config: Config) -> Iterator[str]:
-    """Where a likelihood loss has no optimum, a metastable one, or one that its data cannot show."""
+def hazards(config: Config, lightest: float = 0.0) -> Iterator[str]:
+    """Where nothing teaches, and where a likelihood loss has no optimum, a metastable one, or one that its data lack.
+
+    ``lightest`` is the least weight of a stored token, where that is known. What a labeller weighs by itself is not.
+    """
     trainer, kl = config.trainer, config.kl
+    if config.rewards and not any(source.weight for source in config.rewards.values()):
+        yield "warning: every source under rewards has weight 0: they are watched, and nothing is learned from them"
     if trainer.type != "token_likelihood":
         return
-    worst = -min(_weights(config), default=0.0)
+    worst = -min([*_weights(config), lightest], default=0.0)
     if trainer.loss == "signed" and worst > 0:
         said = f"warning: trainer.loss=signed with weights down to {-worst:g}: unbounded below"
         if kl.beta == 0:
@@ -62,6 +67,8 @@ def hazards(config: Config) -> Iterator[str]:
         else:
             need = worst / kl.beta
             what = f"above {need:.3g}" if need < 1 else f"above {need:.3g}, which no token has"
+            if config.credit.horizon != 1:
+                what += " for a single mark, and more where the window of a token sums several"
             yield (
                 f"{said}, unless kl.beta * pi0 > |weight| at every bad token, that is pi0 {what}; "
                 "raise kl.beta, or use trainer.loss=unlikelihood"

@@ -31,7 +31,7 @@ def notices(lane: Lane, accelerator: Accelerator) -> Iterator[str]:
     yield lane.train_prompts.lengths()
     yield from () if lane.stored is None else lane.stored.notes
     yield f"KL: beta {config.kl.beta:g}, {summary.penalty(config)}"
-    yield from summary.hazards(config)
+    yield from summary.hazards(config, 0.0 if lane.stored is None else lane.stored.lightest)
     if warning := mismatch(accelerator):
         yield warning
     if config.model.dtype == "bfloat16" and config.model.lora is None:
@@ -50,7 +50,7 @@ def notices(lane: Lane, accelerator: Accelerator) -> Iterator[str]:
         yield (
             f"samples replayed from {config.rollout.replay}: after the first update they are off-policy, drawn by the "
             "recording run's policy and not by this one; there kl/penalty and k1 in the reward weigh log-ratios of its "
-            "samples and estimate no KL of this policy (kl.placement=loss with kl.estimator=exact is a KL on any "
+            "samples and estimate no KL of this policy (kl.placement=loss with kl.estimator=exact_local is a KL on any "
             "samples; kl/sequence is measured on fresh ones)"
         )
 

@@ -73,12 +73,13 @@ def optimise(lane: Lane, rollout: Rollout, batch: Batch, step: int, accelerator:
     rate = config.optimiser.learning_rate * schedule(config.optimiser, step, config.train.steps)
     for group in lane.optimiser.param_groups:
         group["lr"] = rate
-    if finite:
+    moves = finite and bool(norm > 0)  # where nothing pulls, momentum of other batches shall not
+    if moves:
         lane.optimiser.step()
     lane.optimiser.zero_grad()
     one = torch.ones_like(norm)
     done = {"policy/grad_norm": (norm, one), "policy/learning_rate": (one * rate, one)}
-    return metrics | done | {"policy/skipped": (one * (not finite), one)}
+    return metrics | done | {"policy/skipped": (one * (not moves), one)}
 
 
 def schedule(config: OptimiserConfig, step: int, total: int) -> float:

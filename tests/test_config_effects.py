@@ -290,7 +290,8 @@ def test_prompts_come_from_the_mapped_column_of_the_file(tiny_config):
 
 @shows("data.annotated.prompt")
 def test_another_column_may_be_the_prompt_of_annotated_data(tiny_config):
-    rows = [{"id": str(i), "prompt": "long", "short": f"{i}:", "completion": "a", "spans": []} for i in range(4)]
+    spans = [{"start": 0, "end": 1, "label": "x"}]
+    rows = [{"id": str(i), "prompt": "long", "short": f"{i}:", "completion": "a", "spans": spans} for i in range(4)]
     write_jsonl("stored.jsonl", rows)
     offline = {
         "data": {"type": "annotated", "path": "stored.jsonl", "prompt": "short"},

@@ -72,6 +72,18 @@ def test_what_is_judged_ends_by_one_eos_and_is_paid_at_the_last_policy_token(tin
     assert bare.value_BT.sum(-1).tolist() == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_stop_string_is_no_part_of_what_is_judged(tiny_reward_model: Path) -> None:
+    from dataclasses import replace
+
+    reward = source(tiny_reward_model)
+    tokenizer, end = reward.tokenizer, reward.tokenizer.eos_token_id
+    said = tokenizer("A fox.")["input_ids"]
+    stop = tokenizer("\nQ")["input_ids"]
+    rollout = make_rollout([[5], [6]], [[*said, *stop], stop])
+    stopped = replace(rollout, end_B=torch.tensor([1, 1]), stop=("\nQ",), decode=lambda ids: str(tokenizer.decode(ids)))
+    assert reward._judged(stopped) == [[5, *said, end], [6, end]]
+
+
 def test_it_is_frozen_in_its_own_dtype_and_its_dropout_is_off(tiny_model: Path, tmp_path: Path) -> None:
     reward = source(reward_model(tiny_model, tmp_path, dtype=torch.bfloat16))
     assert {p.dtype for p in reward.model.parameters()} == {torch.bfloat16}

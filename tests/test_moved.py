@@ -173,6 +173,7 @@ def hazards(**changes: Any) -> list[str]:
 
 
 SIGNED = {"loss": "signed"}
+OWN = {"credit": {"horizon": 1}}
 
 
 @pytest.mark.parametrize(
@@ -181,7 +182,11 @@ SIGNED = {"loss": "signed"}
         ({"trainer": SIGNED}, "down to -0.5: unbounded below; reverse KL does not bound it"),
         ({"trainer": SIGNED, "kl": {"beta": 0}}, "unbounded below, and kl.beta=0 holds nothing"),
         ({"trainer": SIGNED, "kl": {"estimator": "exact_forward"}}, "that is pi0 above 5, which no token has"),
-        ({"trainer": SIGNED, "kl": {"estimator": "exact_forward", "beta": 2}}, "that is pi0 above 0.25; raise kl.beta"),
+        ({**OWN, "trainer": SIGNED, "kl": {"estimator": "exact_forward", "beta": 2}}, "that is pi0 above 0.25; raise"),
+        (
+            {"trainer": SIGNED, "kl": {"estimator": "exact_forward", "beta": 2}},
+            "0.25 for a single mark, and more where",
+        ),
         ({"trainer": {"loss": "npo", "kappa": 0.5}}, "kappa=0.5: below 1 its optimum is metastable"),
         ({"trainer": {"loss": "rwr"}, "kl": {"placement": "reward", "estimator": "k1"}}, "note: trainer.loss=rwr"),
         (
@@ -193,6 +198,18 @@ SIGNED = {"loss": "signed"}
 def test_a_loss_without_a_good_optimum_is_announced(changes: Tree, said: str) -> None:
     (line,) = hazards(**changes)
     assert said in line
+
+
+def test_what_is_only_watched_teaches_nothing_and_negative_weights_of_spans_count() -> None:
+    source = {"type": "function", "path": "rlkl.tasks.facts:gold", "weight": 0}
+    watched = {"name": "x", "model": {"type": "facts"}, "data": {"type": "facts"}, "rewards": {"gold": source}}
+    (line,) = summary.hazards(settings.load({**watched, "trainer": {"type": "reinforce"}}))
+    assert "nothing is learned from them" in line
+    config = {"name": "x", "model": {"type": "facts"}, "data": {"type": "annotated", "path": "x.jsonl"}, "rewards": {}}
+    config["rewards"] = {"spans": {"type": "annotations", "weights": {"a": 1}}}
+    config |= {"trainer": {"type": "token_likelihood", **SIGNED}, "kl": {"beta": 0}}
+    assert list(summary.hazards(settings.load(config))) == []
+    assert "weights down to -3" in next(summary.hazards(settings.load(config), lightest=-3.0))
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,23 @@ def test_the_run_on_a_recording_is_the_run_that_recorded(
     assert out.count("samples replayed from runs/live") == 1 and "off-policy" in out and "kl/penalty and k1" in out
 
 
+@pytest.mark.parametrize("words", [["trainer.type=ppo", "trainer.epochs=1"], ["trainer.type=token_likelihood"]])
+def test_ratios_are_against_the_policy_that_drew_the_samples(
+    words: list[str], tiny_config: Tree, recorded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlkl import launch, loop, settings
+    from rlkl.lane import build
+
+    config = settings.load(tiny_config, ["name=ratio", f"rollout.replay={recorded}", "kl.beta=0", *words])
+    lane = build(config)
+    lane.place(launch.accelerator(config))
+    rollout = loop.collect(lane, 3)  # two updates of the recording run later
+    scored = loop.score(lane, rollout)
+    batch = loop.assign(lane, rollout, lane.reward(rollout), scored)
+    assert torch.equal(batch.behaviour_logp_BT, rollout.get("behaviour_logp_BT"))
+    assert float((batch.behaviour_logp_BT - scored.get("logp_BT")).abs().max()) > 0.1
+
+
 def test_another_objective_learns_from_the_very_same_samples(tiny_config: Tree, recorded: Path) -> None:
     other = ["optimiser.learning_rate=1e-4", "kl.beta=0.2", "credit.baseline=none"]
     replayed = metrics(train(tiny_config, ["name=replayed", f"rollout.replay={recorded}", *other]))

@@ -265,6 +265,23 @@ def test_a_bad_record_is_named(broken: Tree, said: str, offline: Tree) -> None:
     assert said in str(error.value)
 
 
+def test_completions_without_a_mark_are_refused_and_a_batch_without_one_moves_nothing(offline: Tree) -> None:
+    write_jsonl("bare.jsonl", [record(n, spans=[]) for n in range(8)])
+    with pytest.raises(ValueError, match=r"none of the 6 training completions has a span.*unmarked"):
+        rlkl.train(offline, ["data.path=bare.jsonl"])
+    for marked in range(8):  # the one that is marked shall be a training record
+        rows = [record(n) if n == marked else record(n, spans=[]) for n in range(8)]
+        write_jsonl("rare.jsonl", rows)
+        try:
+            run = rlkl.train(offline, ["data.path=rare.jsonl", "rollout.prompts=1", "train.steps=6"], overwrite=True)
+        except ValueError:
+            continue
+        break
+    found = metrics(run)[1:]
+    assert sorted(row["policy/skipped"] for row in found) == [0, 1, 1, 1, 1, 1]
+    assert all(row["policy/grad_norm"] == 0 for row in found if row["policy/skipped"])
+
+
 def test_what_defaults_meet_is_accepted(offline: Tree) -> None:
     """The default of samples_per_prompt is ignored, 1 says the same, and a written configuration reloads."""
     for value in (4, 1):

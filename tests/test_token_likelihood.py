@@ -249,6 +249,18 @@ def test_a_certain_bad_token_stays_finite() -> None:
     assert bool(loss.isfinite()) and bool(logp.grad is not None and logp.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("lead", [4.0, 10.0, 16.0, 17.0])
+def test_a_certain_bad_token_is_pressed_as_hard_as_any(lead: float) -> None:
+    """d/dz of -log(1-p) is p for the token and shares p among the others, also where p rounds to 1 in float32."""
+    from rlkl import likelihood
+
+    logits = torch.tensor([lead, 0.0, 0.0], requires_grad=True)
+    loss, _ = likelihood.unlikelihood(logits.log_softmax(-1)[:1, None], -torch.ones(1, 1), torch.ones(1, 1))
+    loss.backward()
+    assert logits.grad is not None
+    assert logits.grad[1:].tolist() == pytest.approx([-0.5, -0.5], rel=0.3)
+
+
 def test_windowed_annotations_and_where_the_kl_acts() -> None:
     """w is the sum over the window; tokens train where it holds an annotated one; the KL covers every policy token."""
     atoms = exact.enumerate_completions([0], 2, 3).rows(torch.tensor([0]))

@@ -176,6 +176,8 @@ class Config(Section):
         if self.trainer.type == "ppo":
             self._check_ppo(self.trainer)
         direct.check(self)
+        if self.model.critic == "separate" and not self.needs_value:
+            raise ValueError("model.critic=separate: no value is learned; set credit.baseline=value, or drop the key")
         if self.data.type == "facts" and self.model.type == "tiny":
             raise ValueError("model.type=tiny with data.type=facts: facts has a base model; use model.type=facts")
         return self

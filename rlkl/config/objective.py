@@ -133,6 +133,12 @@ class PPOTrainer(Section):
         None, gt=0, description="no further pass once the mean KL(old||new) exceeds this, nats a token"
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.target_kl is not None and self.epochs == 1:
+            raise ValueError(f"target_kl={self.target_kl} with epochs=1: it only spares further passes; drop it")
+        return self
+
     @property
     def updates(self) -> int:
         """Updates on the samples of a step."""
@@ -150,6 +156,16 @@ class TokenLikelihoodTrainer(Section):
     offset: Literal["none", "prompt", "state"] = Field(
         "state", description="of binary and regression: nothing, or learned for a prompt or for a state"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kappa != 1 and self.loss != "npo":
+            raise ValueError(f"kappa={self.kappa} with loss={self.loss}: only npo reads it; drop the key")
+        if self.offset != "state" and self.loss not in ("binary", "regression"):
+            raise ValueError(
+                f"offset={self.offset} with loss={self.loss}: only binary and regression have one; drop it"
+            )
+        return self
 
     @property
     def holding_beta(self) -> tuple[str, ...]:

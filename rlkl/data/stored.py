@@ -23,13 +23,14 @@ class Stored:
     """Records in the order of a :class:`PromptSet`, and how some of them become a rollout with ``origin="data"``.
 
     In a rollout that ``make`` makes, ``group_B`` numbers the records as they were given. ``held`` are the held-out
-    records, all of them; ``notes`` is what a user should know.
+    records, all of them; ``notes`` is what a user should know, ``lightest`` the least weight of a mark.
     """
 
     prompts: PromptSet
     make: Callable[[Sequence[Record]], Rollout]
     held: Rollout
     notes: tuple[str, ...] = ()
+    lightest: float = 0.0
 
     def batch(self, step: int, count: int) -> Rollout:
         """The records of a step (from 1), in the order of :meth:`PromptSet.batch`: every epoch visits each once."""
@@ -44,7 +45,8 @@ def build(config: Config, train: PromptSet, held: PromptSet, eos_ids: Sequence[i
     """The stored completions of a run, every one of them checked.
 
     Raises:
-        ValueError: a label has no weight, or a completion or its token ids cannot be used with this tokenizer.
+        ValueError: a label has no weight, no token is marked, or a completion or its token ids cannot be used with
+            this tokenizer.
     """
     limit, tokenizer = config.rollout.max_new_tokens, train.tokenizer
     make = maker(config, tokenizer, eos_ids)
@@ -57,7 +59,19 @@ def build(config: Config, train: PromptSet, held: PromptSet, eos_ids: Sequence[i
             annotated.check_weights(records, source.weights)
         except ValueError as error:
             raise ValueError(f"rewards.{name}.{error}") from None
-    return Stored(train, make, make(held.records), (_note(records, tokenizer, _eos(tokenizer, eos_ids), limit),))
+    found = [
+        source.weight * source.weights[span.label] * span.weight
+        for source in _stored(config.rewards).values()
+        for record in records
+        for span in record.spans
+    ]
+    if not found and all(source.unmarked is None for source in _stored(config.rewards).values()):
+        raise ValueError(
+            f"data: none of the {len(records)} training completions has a span, so no token is marked; "
+            "mark some, or give every unmarked token a weight with rewards.<name>.unmarked"
+        )
+    notes = (_note(records, tokenizer, _eos(tokenizer, eos_ids), limit),)
+    return Stored(train, make, make(held.records), notes, min(found, default=0.0))
 
 
 def maker(config: Config, tokenizer: Any, eos_ids: Sequence[int]) -> Callable[[Sequence[Record]], Rollout]:

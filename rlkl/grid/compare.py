@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from rlkl import RunError, settings
+from rlkl import RunError, settings, summary
 from rlkl.config import dump
 from rlkl.config.compare import CompareConfig
 from rlkl.grid import plan, workers
@@ -99,6 +99,9 @@ def show(made: Plan, kept: Sequence[Run], count: int) -> None:
         for key, values in rows.items():
             table.add_row(key, *values.values())
         screen.print(table, markup=False)
+    for arm, runs in made.arms.items():
+        for text in summary.hazards(runs[0].config):
+            screen.print(f"{arm}: {text}", markup=False, soft_wrap=True)
 
 
 def prepare(runs: Sequence[Run]) -> None:
@@ -171,7 +174,7 @@ def conclude(made: Plan, errors: Mapping[str, str]) -> int:
     failed = {name: r.error for name, r in found.items() if r.error is not None}
     said = [*results.never(made, found), *(f"{name}: FAILED: {error}" for name, error in failed.items())]
     curves = {arm: [r.frontier for r in found.values() if r.arm == arm and r.error is None] for arm in made.arms}
-    points = {arm: [[(p["kl"], p["gold"]) for p in run] for run in runs] for arm, runs in curves.items() if runs}
+    points = {arm: runs for arm, runs in curves.items() if runs}
     (made.folder / "frontier.png").unlink(missing_ok=True)
     if points:
         said.append(f"figure: {plots.frontier(made.folder / 'frontier.png', points, made.gold, config.match_kl)}")

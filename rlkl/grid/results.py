@@ -47,7 +47,10 @@ def read(folder: Path, arm: str, seed: int, gold: str, match_kl: float | None, c
                 return Result(arm, seed, str(folder), f"{name} is not in its evaluations; name another gold")
             if row[name] is None:
                 return Result(arm, seed, str(folder), f"diverged: {name} is not finite at step {row['step']}")
-    frontier = [{"step": r["step"], "kl": r["kl/sequence"], "gold": r[key]} for r in evaluated]
+    frontier = [
+        {"step": r["step"], "kl": r["kl/sequence"], "gold": r[key], "queries": r.get(COUNTS["queries"], 0.0)}
+        for r in evaluated
+    ]
     place = crossing([r["kl/sequence"] for r in evaluated], match_kl) if match_kl else (len(evaluated) - 1, 1.0)
     if place is None:
         return Result(arm, seed, str(folder), frontier=frontier)
