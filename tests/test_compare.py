@@ -246,9 +246,9 @@ def test_the_table_and_the_summary_are_means_over_the_runs(trio):
 def test_the_summary_holds_every_evaluation(trio):
     run = trio.summary["runs"]["ppo,seed=1"]
     rows = metrics(trio.folder / "ppo,seed=1")
-    assert run["evaluations"] == [
-        {"step": row["step"], "kl": row["kl/sequence"], "gold": row["reward/eval/letters"]} for row in rows
-    ]
+    keys = {"step": "step", "kl": "kl/sequence", "gold": "reward/eval/letters", "queries": "reward/queries"}
+    assert run["evaluations"] == [{name: row.get(key, 0) for name, key in keys.items()} for row in rows]
+    assert [point["queries"] for point in run["evaluations"]] == [0, 8, 16]  # two sources
     assert (run["arm"], run["seed"], run["error"]) == ("ppo", 1, None)
 
 
