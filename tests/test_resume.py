@@ -94,6 +94,14 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(kind: str, run: T
     assert not Path("runs/cut/error.txt").exists()
 
 
+def test_a_run_on_a_learned_reward_goes_on(run: Tree, tiny_reward_model: Path) -> None:
+    learned = {"rm": {"type": "learned", "path": str(tiny_reward_model)}}
+    config = {**run, "rewards": {"varied": {**run["rewards"]["varied"], "weight": 0}} | learned}
+    whole = rlkl.train(config, ["name=whole"])
+    interrupted(config, ["name=cut"], 7)
+    same(whole, rlkl.train(config, ["name=cut"], resume=True))
+
+
 def test_an_adapter_that_started_trained_keeps_its_frozen_copy(run: Tree, tiny_model: Path, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     torch.manual_seed(0)
