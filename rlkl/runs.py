@@ -1,5 +1,6 @@
 """Finished runs, read back: samples and evaluations of their final model."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def read_config(run: str | Path) -> Config:
         ValueError: the folder is no run.
     """
     path = Path(run) / "config.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"{run}: not a run (no config.yaml); give a folder that rlkl train wrote")
     return settings.load(path)
 

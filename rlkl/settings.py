@@ -45,10 +45,12 @@ def read(source: str | Path | Mapping[str, Any]) -> DictConfig:
     if not isinstance(source, (str, Path)):
         raise ValueError(f"{source!r}: a configuration is the path of a YAML file or a mapping of sections")
     path = Path(source)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such configuration file; see configs/ for examples")
     try:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such configuration file; see configs/ for examples")
         tree = OmegaConf.load(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); see configs/ for examples") from None
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, DictConfig):

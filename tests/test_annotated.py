@@ -78,6 +78,10 @@ def span(**changes: object) -> dict[str, object]:
         (span(start=8, end=7), r"8:7 is no part"),
         (span(start=True), r"spans\[0\]: start: true; it must be a whole number"),
         (span(start=1.0), r"start: 1\.0; it must be a whole number"),
+        (span(label=" "), r"spans\[0\]: label: empty; name what the span is"),
+        ({"id": ""}, r"id: empty; every record needs its own"),
+        (span(weight=10**400), r"weight: too large; it must be a finite number"),
+        ({"gold": [float("nan")]}, r"gold: holds NaN or Infinity, which JSON does not have; write null"),
         (span(label=3), r"label: a whole number; it must be a text"),
         (span(weight=float("nan")), r"weight: NaN; it must be a finite number"),
         (span(weight="1"), r"weight: a text; it must be a finite number"),
@@ -101,7 +105,10 @@ def test_a_bad_record_is_named_by_line_and_field(tmp_path, changes, said):
     [
         (b"", r"no annotated completion in it; it needs at least one"),
         (b"\xff\n", r"not UTF-8 at byte 0; convert the file"),
-        (b'{"id": \n', r":1: not valid JSON: Expecting value"),
+        (b'{"id": \n', r":1: not valid JSON: Expecting value; correct this record, or leave it out$"),
+        (b"\n" + b"[" * 100_000 + b"\n", r":2: nested more than 100 levels deep; correct this record"),
+        (b'{"a": ' + b"[" * 101 + b"]" * 101 + b"}\n", r":1: nested more than 100 levels deep; correct this record"),
+        (b'{"a": {"b": [0, -' + b"1" * 1001 + b"]}}\n", r":1: a\.b\[1\]: a number of 1002 digits, at most 1000 are"),
         (b"[1]\n", r":1: a list; every record must be an object"),
         (b"{}\n", r":1: completion: missing; it must be a text \(there are: no fields\)"),
     ],
@@ -111,6 +118,12 @@ def test_a_file_that_is_none_is_refused(tmp_path, content, said):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=said):
         annotated.read(path)
+
+
+def test_nesting_and_numbers_up_to_the_limits_are_read(tmp_path):
+    deep = json.loads("[" * 99 + "]" * 99)
+    (record,) = annotated.read(with_file(tmp_path, {**GOOD, "deep": deep, "long": 10**999}))
+    assert record.columns == {"deep": deep, "long": 10**999}
 
 
 def test_a_missing_file_and_a_repeated_id_are_refused(tmp_path):

@@ -17,6 +17,7 @@ ROWS = [
         {"start": 0, "end": 4, "label": "good"}, {"start": 2, "end": 8, "label": "bad", "weight": 2.0}]},
     {"id": "2", "prompt": "Q", "completion": "two", "spans": []},
 ]  # fmt: skip
+LONG = "x" * 300
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +98,11 @@ def test_a_file_is_replaced_only_when_asked(capsys):
         (["import", "qa-feedback", "none.jsonl", "-o", "out"], "none.jsonl: no such file; name a .jsonl file of qa"),
         (["import", "qa-feedback", "native.jsonl", "-o", "out"], "native.jsonl:1: prediction 1: missing; it must be"),
         (["import", "qa-feedback", "qa.jsonl", "-o", "no/out"], "no/out: there is no folder no; make it first"),
+        (["import", "qa-feedback", LONG, "-o", "out"], f"{LONG}: cannot be read (File name too long); name a .jsonl"),
+        (["import", "qa-feedback", "qa.jsonl", "-o", LONG], f"{LONG}: cannot be written (File name too long); name"),
+        (["import", "qa-feedback", "qa.jsonl", "-o", "/proc/x.jsonl"], "/proc/x.jsonl: cannot be written ("),
+        (["check", "/proc/self/mem"], "/proc/self/mem: cannot be read (Input/output error); name a .jsonl file of ann"),
+        (["check", "native.jsonl", "--tokenizer", LONG], f"--tokenizer {LONG}: no such folder; name one"),
         (["import", "other", "qa.jsonl", "-o", "out"], "Invalid value for"),
         (["import", "doccano", "emoji.jsonl", "-o", "out", "--offsets", "bytes"], "Invalid value for '--offsets'"),
         (["import", "doccano", "emoji.jsonl", "-o", "out", "--source", "x"], "--source x: only ragtruth has a second"),

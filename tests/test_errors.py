@@ -331,6 +331,10 @@ def test_an_empty_configuration_lists_every_missing_key(tmp_path, capsys, monkey
         (["doctor", "--fast"], ["--fast", "rlkl doctor --help"]),
         (["sample", "nowhere"], ["nowhere", "not a run", "rlkl train"]),
         (["eval", "nowhere"], ["nowhere", "not a run", "rlkl train"]),
+        (["eval", "x" * 300], ["xxx", "not a run", "rlkl train"]),
+        (["train", "x" * 300], ["xxx: cannot be read (File name too long)", "configs/"]),
+        (["train", "/proc/self/mem"], ["/proc/self/mem: cannot be read (Input/output error)", "configs/"]),
+        (["compare", "/proc/self/mem"], ["/proc/self/mem: cannot be read (Input/output error)", "configs/"]),
     ],
     ids=" ".join,
 )

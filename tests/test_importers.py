@@ -185,6 +185,14 @@ def test_ragtruth_compares_the_stored_text(tmp_path):
         ragtruth(tmp_path, {"labels": [{**LABEL, "text": "Rome"}]})
 
 
+def test_ragtruth_sources_are_distinct(tmp_path):
+    ragtruth(tmp_path, {})
+    sources = tmp_path / "source_info.jsonl"
+    sources.write_text(sources.read_text() * 2)
+    with pytest.raises(ValueError, match=r"source_info\.jsonl:2: source_id: 's' again, as in .*source_info\.jsonl:1;"):
+        importers.load("ragtruth", tmp_path / "response.jsonl", "codepoint")
+
+
 def test_ragtruth_needs_its_sources(tmp_path):
     with pytest.raises(ValueError, match=r"source_id: 'other' is not in .*source_info\.jsonl; give the source_info"):
         ragtruth(tmp_path, {"source_id": "other"})
@@ -270,11 +278,30 @@ def test_what_an_annotator_makes_of_exported_spans_replaces_them(tmp_path):
         ([task(region(start="/div[1]"))], r"value: start: a text; it must be a whole number"),
         ([task(region(text="Rome"))], r"is 'Paris', but the file says 'Rome'; the text was changed"),
         ([task({"type": "labels"})], r"result\[0\]: value: missing"),
+        ([task(region(labels=[""]))], r"result\[0\]\.value: label: empty; name what the span is"),
+        ([task(region(start="1" * 5000))], r"value: start: a text; it must be a whole number"),
+        ([task(), task(id="")], r"record 2: id: empty; it must be a whole number or a text, or missing"),
+        ([task(id=None)], r"record 1: id: null; it must be a whole number or a text, or missing"),
+        ([task(data={"text": "x", "prompt": "Q", "gold": float("nan")})], r"record 1: data: gold: holds NaN or"),
     ],
 )
 def test_a_bad_export_of_label_studio_is_named(tmp_path, content, said):
     with pytest.raises(ValueError, match=said):
         load(tmp_path, "label-studio", content)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('[\n{"id": 1},\n oops]', r"in\.json: not valid JSON at line 3: Expecting value; export as JSON anew"),
+        ("[" * 100_000, r"in\.json: nested more than 100 levels deep; export as JSON anew"),
+        ('[{}, {"data": {"n": ' + "1" * 5000 + "}}]", r"in\.json: record 2: data\.n: a number of 5000 digits, at most"),
+    ],
+)
+def test_a_file_of_label_studio_that_is_not_read_is_one_line(tmp_path, content, said):
+    (tmp_path / "in.json").write_text(content)
+    with pytest.raises(ValueError, match=said):
+        importers.load("label-studio", tmp_path / "in.json", "codepoint")
 
 
 # doccano
@@ -302,6 +329,11 @@ def test_doccano_counts_utf16_units_where_asked(tmp_path):
         load(tmp_path, "doccano", (row,))
 
 
+def ours(**fields: Any) -> dict[str, Any]:
+    """A record whose field of ours somebody has edited."""
+    return {"text": "x", "prompt": "Q", "label": [], "rlkl": fields}
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
@@ -311,7 +343,15 @@ def test_doccano_counts_utf16_units_where_asked(tmp_path):
         ({"text": "x"}, r"label: missing; it must be a list"),
         ({"text": "x", "label": []}, r"prompt: missing; add it \(or messages\) to the data of every record"),
         ({"label": []}, r"text: missing"),
-        ({"text": "x", "prompt": "Q", "label": [], "rlkl": {"weights": [1]}}, r"rlkl: weights: 1; they must read"),
+        ({"text": "x", "prompt": "Q", "label": [], "rlkl": {"weights": [1]}}, r"rlkl: weights\[0\]: 1; it must read"),
+        (ours(weights=5), r"rlkl: weights: a whole number; it must be a list"),
+        (ours(weights=[[0, 1, "a", float("nan")]]), r"rlkl: weights\[0\]: NaN; it must be a finite number"),
+        (ours(weights=[[0, 1, "a", float("inf")]]), r"rlkl: weights\[0\]: Infinity; it must be a finite number"),
+        (ours(weights=[[0, 1, "a", 10**400]]), r"rlkl: weights\[0\]: too large; it must be a finite number"),
+        (ours(id=""), r"rlkl: id: empty; it must be a whole number or a text"),
+        (ours(columns={"c": float("nan")}), r"c: holds NaN or Infinity, which JSON does not have"),
+        (ours() | {"id": ""}, r"id: empty; it must be a whole number or a text"),
+        (ours() | {"label": [[0, 1, ""]]}, r"label\[0\]: label: empty; name what the span is"),
         (
             {"text": "x", "prompt": "Q", "label": [], "spans": 1},
             r"spans: unknown key, did you mean spans\? Else rename",

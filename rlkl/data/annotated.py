@@ -89,7 +89,8 @@ def parse(where: str, held: Any) -> Annotated:
         if unknown := set(span) - {"start", "end", "label", "weight"}:
             refuse(at, min(unknown), "unknown; a span has start, end, label and maybe weight")
         check_bounds(at, completion, *bounds)
-        spans.append(Span(*bounds, take(at, span, "label", str), _weight(at, span.get("weight", 1.0))))
+        label = named(at, take(at, span, "label", str))
+        spans.append(Span(*bounds, label, number(at, "weight", span.get("weight", 1.0))))
     columns = {name: value for name, value in held.items() if name not in KEYS}
     return build(where, take(where, held, "id", str), held, completion, spans, held.get("token_ids"), columns)
 
@@ -107,8 +108,10 @@ def build(
 
     Raises:
         ValueError: there is not exactly one of prompt and messages, a text is empty or no Unicode, token ids are none,
-            or a column has a name that will be mistaken.
+            a number is not finite, or a column has a name that will be mistaken.
     """
+    if not name:
+        refuse(where, "id", "empty; every record needs its own")
     given = [key for key in ("prompt", "messages") if prompt.get(key) is not None]
     if len(given) != 1:
         refuse(
@@ -128,7 +131,7 @@ def build(
     if not asked[given[0]]:
         refuse(where, given[0], "empty; every completion needs what it answers")
     record = Annotated(name, completion, tuple(spans), token_ids=token_ids, columns=dict(columns or {}), **asked)
-    _check_unicode(where, row(record))
+    _check_json(where, row(record))
     return record
 
 
@@ -197,6 +200,32 @@ def check_bounds(where: str, completion: str, start: int, end: int) -> None:
         refuse(where, "", f"{start}:{end} {what} of {len(completion)} code points; correct start and end (exclusive)")
 
 
+def named(where: str, label: str) -> str:
+    """A span's label, which says something.
+
+    Raises:
+        ValueError: it is empty.
+    """
+    if not label.strip():
+        refuse(where, "label", "empty; name what the span is, or take it out")
+    return label
+
+
+def number(where: str, name: str, value: Any) -> float:
+    """A finite number.
+
+    Raises:
+        ValueError: it is none, or too large for one.
+    """
+    try:
+        if type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+        said = kind(value)
+    except OverflowError:
+        said = "too large"
+    return refuse(where, name, f"{said}; it must be a finite number")
+
+
 def refuse(where: str, name: str, what: str) -> NoReturn:
     """Raise the error of a record: where it stands, which field, and what is wrong with it."""
     raise ValueError(": ".join(part for part in (where, name, what) if part))
@@ -206,12 +235,6 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(i) is int and i >= 0 for i in value)
 
 
-def _weight(where: str, value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        refuse(where, "weight", f"{kind(value)}; it must be a finite number")
-    return float(value)
-
-
 def _conversation(where: str, messages: list[Any]) -> list[dict[str, Any]]:
     for i, message in enumerate(messages):
         for key in ("role", "content"):
@@ -219,10 +242,12 @@ def _conversation(where: str, messages: list[Any]) -> list[dict[str, Any]]:
     return messages
 
 
-def _check_unicode(where: str, held: Mapping[str, Any]) -> None:
+def _check_json(where: str, held: Mapping[str, Any]) -> None:
     for name, value in held.items():
         try:
-            json.dumps({name: value}, ensure_ascii=False).encode()
+            json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
         except UnicodeEncodeError as error:
             pair = ascii(error.object[error.start])
             refuse(where, name, f"half a surrogate pair, {pair}; a text was cut inside a character, repair the export")
+        except ValueError:
+            refuse(where, name, "holds NaN or Infinity, which JSON does not have; write null")

@@ -1,6 +1,7 @@
 """The commands ``rlkl data import|export|check``. What they need is imported when they run."""
 
 import math
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -115,7 +116,7 @@ def _weight(given: str) -> tuple[str, float]:
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ValueError(f"--tokenizer {folder}: no such folder; name one of a tokenizer, or of a model with its own")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

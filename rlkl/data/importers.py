@@ -76,10 +76,12 @@ def _passages(where: str, row: dict[str, Any]) -> str:
 def ragtruth(path: Path, offsets: Offsets, source: Path | None, notes: list[str]) -> Placed:
     """RAGTruth (Niu et al. 2024, arXiv 2401.00396): responses, with their prompts in a file of sources beside them."""
     held = source or path.with_name("source_info.jsonl")
-    sources = {
-        take(where, row, "source_id", str): (where, row)
-        for where, row in files.lines(held, "give RAGTruth's source_info.jsonl with --source")
-    }
+    sources: dict[str, tuple[str, dict[str, Any]]] = {}
+    for where, row in files.lines(held, "give RAGTruth's source_info.jsonl with --source"):
+        key = take(where, row, "source_id", str)
+        if key in sources:
+            refuse(where, "source_id", f"{key!r} again, as in {sources[key][0]}; keep the one that was answered")
+        sources[key] = where, row
     for where, row in files.lines(path, "name RAGTruth's response.jsonl"):
         completion, key = take(where, row, "response", str), take(where, row, "source_id", str)
         if key not in sources:

@@ -31,10 +31,7 @@ def read_label_studio(path: Path, offsets: Offsets, source: None, notes: list[st
     ``completions`` is what old versions call ``annotations``. Predictions of models are no annotations, but what
     :func:`label_studio` exported is read back until somebody annotates it. Old versions (2021) count UTF-16 units.
     """
-    try:
-        tasks = json.loads(files.text(path, "name a JSON export of Label Studio"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}; export as JSON") from None
+    tasks = files.parse(str(path), files.text(path, "name a JSON export of Label Studio"), "export as JSON anew")
     if not isinstance(tasks, list):
         refuse(str(path), "", f"{annotated.kind(tasks)}; export as JSON, a list of tasks")
     unmarked = 0
@@ -48,7 +45,8 @@ def read_label_studio(path: Path, offsets: Offsets, source: None, notes: list[st
         for at, annotation in made:
             suffix = f".{annotation.get('id', at)}" if len(made) > 1 else ""
             regions = _regions(at, annotation)
-            yield at, _record(f"{where}: data", data, str(task.get("id", number)), suffix, offsets, regions)
+            name = _name(where, task.get("id", number))
+            yield at, _record(f"{where}: data", data, name, suffix, offsets, regions)
     if unmarked:
         notes.append(f"{unmarked} of {len(tasks)} tasks have no annotation, and were left out")
 
@@ -94,7 +92,9 @@ def _regions(where: str, made: Mapping[str, Any]) -> Iterator[Region]:
 def _offset(where: str, value: Mapping[str, Any], name: str) -> int:
     """Documented as a string, in fact a number."""
     held = value.get(name)
-    return int(held) if isinstance(held, str) and held.isdecimal() else int(take(where, value, name, int))
+    return (
+        int(held) if isinstance(held, str) and re.fullmatch(r"\d{1,18}", held) else int(take(where, value, name, int))
+    )
 
 
 def _same(stored: str, found: str) -> bool:
@@ -139,7 +139,8 @@ def _record(
     if "prompt" not in data and "messages" not in data:
         refuse(where, "prompt", "missing; add it (or messages) to the data of every record before it is annotated")
     ours = take(where, data, OURS, dict) if OURS in data else {}
-    weights = [_weight(f"{where}: {OURS}", entry) for entry in ours.get("weights", [])]
+    exported = take(f"{where}: {OURS}", ours, "weights", list) if "weights" in ours else []
+    weights = [_weight(f"{where}: {OURS}", f"weights[{i}]", entry) for i, entry in enumerate(exported)]
     spans = []
     for at, start, end, label, stored in regions:
         span = read_span(at, completion, start, end, label, offsets, stored, _same)
@@ -147,15 +148,23 @@ def _record(
         spans.append(span if known is None else replace(span, weight=weights.pop(known)[1]))
     columns = {key: value for key, value in data.items() if key not in ("id", "text", "prompt", "messages", OURS)}
     columns |= take(f"{where}: {OURS}", ours, "columns", dict) if "columns" in ours else {}
-    name = str(ours.get("id", data.get("id", name))) + suffix
+    name = (_name(f"{where}: {OURS}", ours["id"]) if "id" in ours else _name(where, data.get("id", name))) + suffix
     return annotated.build(where, name, data, completion, spans, ours.get("token_ids"), columns)
 
 
-def _weight(where: str, entry: Any) -> tuple[list[Any], float]:
+def _name(where: str, value: Any) -> str:
+    """An id, which the tools give as a number or a text."""
+    if type(value) not in (int, str) or value == "":
+        said = "empty" if value == "" else annotated.kind(value)
+        refuse(where, "id", f"{said}; it must be a whole number or a text, or missing")
+    return str(value)
+
+
+def _weight(where: str, name: str, entry: Any) -> tuple[list[Any], float]:
     """A span as it was exported, and its weight."""
-    if not isinstance(entry, list) or len(entry) != 4 or type(entry[3]) not in (int, float):
-        refuse(where, "weights", f"{entry!r:.40}; they must read [start, end, label, weight], as they were exported")
-    return entry[:3], float(entry[3])
+    if not isinstance(entry, list) or len(entry) != 4:
+        refuse(where, name, f"{entry!r:.40}; it must read [start, end, label, weight], as it was exported")
+    return entry[:3], annotated.number(where, name, entry[3])
 
 
 def label_studio(records: Sequence[Annotated], offsets: Offsets) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import Literal
 
-from rlkl.data.annotated import Span, check_bounds, refuse
+from rlkl.data.annotated import Span, check_bounds, named, refuse
 
 Offsets = Literal["codepoint", "utf16"]
 OTHER: dict[Offsets, Offsets] = {"codepoint": "utf16", "utf16": "codepoint"}
@@ -55,8 +55,11 @@ def read_span(
     """A span of a file with offsets of that kind; ``stored`` is the text that the file says it has.
 
     Raises:
-        ValueError: the offsets fit the completion or the stored text not; it says where the other kind would fit.
+        ValueError: the offsets fit the completion or the stored text not; it says where the other kind would fit. Or
+            the label is empty.
     """
+
+    named(where, label)
 
     def wrong(kind: Offsets) -> str | Span:
         try:
