@@ -73,6 +73,7 @@ def test_axes_of_one_leaf_go_by_their_whole_keys(tree):
     [
         ("optimiser.learning_rate", 1e-5, "learning_rate=1e-05"),
         ("kl.beta", 1e6, "beta=1e06"),
+        ("kl.beta", 0.1000001, "beta=0.1000001"),
         ("credit.horizon", None, "horizon=null"),
         ("credit.whiten_rewards", True, "whiten_rewards=true"),
         ("model.path", "/some/where else", "path=-some-where-else"),
@@ -81,6 +82,12 @@ def test_axes_of_one_leaf_go_by_their_whole_keys(tree):
 def test_values_make_names_of_folders(tree, key, value, name):
     tree["arms"] = {"a": {}}
     assert names(plan.make(tree | {"axes": {key: [value]}})) == [f"a,{name},seed=0"]
+
+
+def test_values_that_differ_little_make_two_arms(tree):
+    tree["arms"] = {"a": {}}
+    made = plan.make(tree | {"axes": {"kl.beta": [0.1, 0.1000001, 0.1000002]}})
+    assert names(made) == ["a,beta=0.1,seed=0", "a,beta=0.1000001,seed=0", "a,beta=0.1000002,seed=0"]
 
 
 def test_an_arm_is_nested_or_dotted_and_a_changed_type_drops_the_keys_of_the_old(tree):

@@ -63,6 +63,17 @@ def test_long_sides_are_cut_and_counted(offline: Tree) -> None:
     assert lane.stored is not None and "longer than rollout.max_new_tokens=2 are cut" in lane.stored.notes[0]
 
 
+def test_pairs_that_the_cut_makes_equal_are_refused(offline: Tree) -> None:
+    write_jsonl("pairs.jsonl", [*(record(n) for n in range(8)), record(9, chosen=" a" * 20 + " b", rejected=" a" * 20)])
+    offline["rollout"]["max_new_tokens"] = 16
+    with pytest.raises(
+        ValueError, match=r"1 of 9 pairs are equal in their first rollout\.max_new_tokens=16 tokens and p"
+    ):
+        placed(offline)
+    offline["rollout"]["max_new_tokens"] = 21
+    placed(offline)
+
+
 def chat(tiny_model: Path, template: str) -> Any:
     shutil.copytree(tiny_model, "chat")
     tokenizer = AutoTokenizer.from_pretrained("chat")
@@ -212,7 +223,7 @@ def test_other_runs_need_a_reward(tiny_config: Tree) -> None:
             CONVERSATION | {"chosen": [{"role": "assistant"}]},
             "pairs.jsonl:2: chosen[0]: content: null; it must be a text",
         ),
-        (CONVERSATION, "the model's tokenizer has no chat template"),
+        (CONVERSATION, "has no chat template; use a chat model, or write prompt, chosen and rejected as texts"),
         ("nothing", "pairs.jsonl:2: not valid JSON"),
     ],
 )

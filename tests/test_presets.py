@@ -39,6 +39,42 @@ def test_the_header_tells_what_the_configuration_resolves_to(path: Path) -> None
     assert "biased in it" in path.read_text(encoding="utf-8")
 
 
+def changed(path: Path) -> set[str]:
+    """What a preset changes in the base; what the other trainer does not read is no change."""
+    base, own = (settings.decisive(settings.load(one)) for one in (FOLDER.parent / "reinforce.yaml", path))
+    unread = {"trainer.value_clip", "trainer.minibatches"}  # no preset learns a value or cuts its batches
+    return {key for key in base | own if base.get(key) != own.get(key)} - unread
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_the_header_tells_all_that_the_method_changes(path: Path) -> None:
+    assert {key for key in changed(path) if key.split(".")[0] in ("trainer", "credit", "kl")} <= claims(path).keys()
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_the_page_tells_all_that_a_preset_changes(path: Path) -> None:
+    page = (FOLDER.parents[1] / "docs" / "objectives.md").read_text(encoding="utf-8")
+    (row,) = [line.split("|")[2] for line in page.splitlines() if line.startswith(f"| [{path.stem}]")]
+    assert "constant learning\nrate of 0.0005, where that of `configs/reinforce.yaml` falls from 0.001" in page
+    words = {
+        "credit.baseline": "group mean|no baseline",
+        "credit.normaliser": "mean over each completion",
+        "credit.whiten_advantages": "whitened",
+        "kl.beta": "β 0.04",
+        "kl.estimator": "k3",
+        "kl.placement": "in the loss",
+        "rollout.prompts": r"\d+ prompts of",
+        "rollout.samples_per_prompt": "of (8|one) samples?",
+        "trainer.clip": "clip of 0.2",
+        "trainer.epochs": "(one|two) updates? a step",
+    }
+    told = {"trainer.type", "optimiser.learning_rate", "optimiser.schedule"}  # the clip, and what all three change
+    needed = changed(path) - told
+    assert needed <= words.keys()
+    assert {key for key in words if re.search(words[key], row)} == needed
+    assert needed or row.strip() == "nothing else"
+
+
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_it_trains(path: Path, tiny_config: Tree) -> None:
     preset = yaml.safe_load(path.read_text(encoding="utf-8"))

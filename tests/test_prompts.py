@@ -195,7 +195,11 @@ def test_null_fields_that_a_table_adds_reach_neither_template_nor_reward(tokeniz
 
 @pytest.mark.parametrize(
     ("template", "says"),
-    [(None, "no chat template"), (TEMPLATE, "the chat template refuses"), ("{{ oops", "the chat template refuses")],
+    [
+        (None, "no chat template; use a chat model, or map a text column with data.columns.prompt"),
+        (TEMPLATE, "the chat template refuses"),
+        ("{{ oops", "the chat template refuses"),
+    ],
 )
 def test_a_template_that_is_missing_or_refuses_is_one_line(template: str | None, says: str, tokenizer: Any) -> None:
     tokenizer.chat_template = template

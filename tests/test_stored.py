@@ -109,6 +109,17 @@ def test_messages_become_prompts_once(offline: Tree, tiny_model: Path) -> None:
     assert set(collect(lane, 1).columns["prompt"]) <= {f"<m{n}>" for n in range(4)}
 
 
+def test_messages_without_a_template_name_a_key_that_there_is(offline: Tree) -> None:
+    rows = [record(n, messages=[{"role": "user", "content": f"m{n}"}], plain=f"m{n}") for n in range(4)]
+    for row in rows:
+        del row["prompt"]
+    write_jsonl("stored.jsonl", rows)
+    with pytest.raises(ValueError, match=r"no chat template; use a chat model, or name a text column in data\.prompt$"):
+        placed(offline)
+    offline["data"]["prompt"] = "plain"
+    placed(offline)
+
+
 # The gradient
 
 

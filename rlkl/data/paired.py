@@ -75,8 +75,18 @@ def _asks(row: Record, key: str) -> bool:
 
 
 def note(rows: Sequence[Record], tokenizer: Any, eos_id: int | None, limit: int) -> str:
-    """Counts; every side is tokenised for them, so that one that cannot be is found before the start."""
-    sizes = [len(completion_ids(row, side, tokenizer, eos_id)) for row in rows for side in SIDES]
+    """Counts; every side is tokenised for them, so that one that cannot be is found before the start.
+
+    Raises:
+        ValueError: the sides of a pair are equal as far as they are read.
+    """
+    made = [[completion_ids(row, side, tokenizer, eos_id) for side in SIDES] for row in rows]
+    if equal := [row for row, (chosen, rejected) in zip(rows, made, strict=True) if chosen[:limit] == rejected[:limit]]:
+        raise ValueError(
+            f"data: {len(equal)} of {len(rows)} pairs are equal in their first rollout.max_new_tokens={limit} tokens "
+            f"and prefer nothing, such as chosen {str(equal[0]['chosen'])[:40]!r}; raise it, or leave these pairs out"
+        )
+    sizes = [len(ids) for sides in made for ids in sides]
     said = f"stored pairs of completions of {min(sizes)} to {max(sizes)} tokens"
     long = sum(size > limit for size in sizes)
     return said + (f"; {long} longer than rollout.max_new_tokens={limit} are cut" if long else "")

@@ -58,12 +58,19 @@ def _key(row: Record) -> str:
     return row["prompt"] if "prompt" in row else json.dumps(row["messages"])
 
 
-def rendered(row: Record, tokenizer: Any) -> tuple[Record, list[int]]:
+TEXTS = {
+    "annotated": "name a text column in data.prompt",
+    "pairs": "write prompt, chosen and rejected as texts",
+}
+"""What to do without a chat template, for each ``data.type`` that has no ``data.columns``."""
+
+
+def rendered(row: Record, tokenizer: Any, kind: str = "") -> tuple[Record, list[int]]:
     """A record with its text under ``prompt``, and the ids of that text.
 
     A text is tokenised as the tokenizer does by default (a BOS that it adds stays). A conversation goes through the
     chat template, which writes its own BOS; it ends where the assistant's answer begins, or goes on, if the last
-    message is the assistant's.
+    message is the assistant's. ``kind`` is the ``data.type``, for the remedy.
 
     Raises:
         ValueError: there is no chat template, or it refuses the conversation.
@@ -71,9 +78,9 @@ def rendered(row: Record, tokenizer: Any) -> tuple[Record, list[int]]:
     if "prompt" in row:
         return row, tokenizer(row["prompt"])["input_ids"]
     if not getattr(tokenizer, "chat_template", None):
+        remedy = TEXTS.get(kind, "map a text column with data.columns.prompt")
         raise ValueError(
-            "data.columns.messages: the model's tokenizer has no chat template; use a chat model, or map a text "
-            "column with data.columns.prompt"
+            f"data: prompts are messages, and the model's tokenizer has no chat template; use a chat model, or {remedy}"
         )
     messages = row["messages"]
     begun = messages[-1]["role"] == "assistant"
@@ -113,7 +120,7 @@ class PromptSet:
             ValueError: a prompt is empty once tokenised, or too long; the limits leave no prompt.
         """
         limit, why = _limit(context, max_new_tokens, config)
-        pairs = [rendered(row, tokenizer) for row in rows]
+        pairs = [rendered(row, tokenizer, "" if config is None else config.type) for row in rows]
         if empty := [row["prompt"] for row, ids in pairs if not ids]:
             raise ValueError(f"data: prompt {empty[0][:40]!r} has 0 tokens; every prompt needs 1 or more")
         long = [(row["prompt"], len(ids)) for row, ids in pairs if limit is not None and len(ids) > limit]

@@ -186,6 +186,9 @@ def _gold(config: CompareConfig, arms: Mapping[str, Sequence[Run]]) -> str:
 
 
 def _label(value: Any) -> str:
-    """A value as part of a folder's name."""
-    text = f"{value:g}".replace("e+", "e") if isinstance(value, float) else settings.show(value).strip("[]{}")
+    """A value as part of a folder's name; a number is not rounded."""
+    if isinstance(value, float):
+        text = short if float(short := f"{value:g}") == value else repr(value)
+        return text.replace("e+", "e")
+    text = settings.show(value).strip("[]{}")
     return re.sub(r"[^\w.-]+", "-", text) or "-"
