@@ -9,10 +9,16 @@ from typing import Any
 from rlkl.config import Source
 from rlkl.rewards.annotations import AnnotationReward
 from rlkl.rewards.combine import WeightedSum
+from rlkl.rewards.counterfactual import CounterfactualReward
 from rlkl.rewards.function import FunctionReward
 from rlkl.rewards.learned import LearnedReward
 
-REWARDS: dict[str, Any] = {"function": FunctionReward, "annotations": AnnotationReward, "learned": LearnedReward}
+REWARDS: dict[str, Any] = {
+    "function": FunctionReward,
+    "annotations": AnnotationReward,
+    "learned": LearnedReward,
+    "counterfactual": CounterfactualReward,
+}
 
 
 def build(configs: Mapping[str, Source]) -> WeightedSum:

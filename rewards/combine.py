@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -45,6 +46,18 @@ class WeightedSum:
             annotation_BT=torch.stack([weight * part.annotation_BT for weight, part in marked]).sum(0),
             annotated_BT=torch.stack([part.annotated_BT for _, part in marked]).any(0),
         )
+
+    def bind(self, policy: Callable[..., Any]) -> None:
+        """Give the sources that score by the run's reference the policy that holds it."""
+        for reward, _ in self.sources.values():
+            if hasattr(reward, "bind"):
+                reward.bind(policy)
+
+    def at(self, step: int) -> None:
+        """Tell the sources that follow a schedule which training step it is; 0 is before the first."""
+        for reward, _ in self.sources.values():
+            if hasattr(reward, "at"):
+                reward.at(step)
 
     def probe(self, rollout: Rollout) -> None:
         """Let the sources that could look ahead prove that they do not; no queries are counted.

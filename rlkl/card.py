@@ -102,8 +102,8 @@ def _name(config: Config) -> str:
 
 
 def _base(config: Config) -> str:
-    if config.model.type == "facts":
-        return "The embedded base model of the task `facts`"
+    if config.model.type in ("facts", "fix"):
+        return f"The embedded base model of the task `{config.model.type}`"
     if config.model.type == "tiny":
         return "A tiny Llama, trained on the spot on the training records"
     return f"`{_name(config)}`"

@@ -62,6 +62,7 @@ class Lane:
             self.forward, self.optimiser = sharding.place(self.policy, self.optimiser, accelerator)
         else:
             self.forward, self.optimiser = accelerator.prepare(self.policy, self.optimiser)
+        self.reward.bind(self.forward)
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         if self.stored is not None:
             held = recording.share(self.stored.held, self.rank, self.ranks).to(accelerator.device)
@@ -141,6 +142,7 @@ def build(config: Config) -> Lane:
         separate_critic=config.model.critic == "separate",
         head_chunk=config.train.head_chunk,
     ).train()
+    reward.bind(policy)
     trained = [p for p in policy.parameters() if p.requires_grad]
     o = config.optimiser
     lane = Lane(

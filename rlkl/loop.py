@@ -105,6 +105,7 @@ def advance(lane: Lane, tracker: tracking.Tracker, step: int, accelerator: Accel
 def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, float]:
     """One step; the flow of the whole project, top to bottom."""
     config, clock = lane.config, tracking.Stopwatch()
+    lane.reward.at(step)
     rollout = collect(lane, step)
     clock.lap("sample")
     try:

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from rlkl.config import FactsModel, LoraConfig, Model, ModelSection, TinyModel
+from rlkl.config import FactsModel, FixModel, LoraConfig, Model, ModelSection, TinyModel
 
 
 def load(config: Model, records: Sequence[dict[str, Any]], seed: int = 0) -> tuple[Any, Any, Any]:
@@ -174,6 +174,10 @@ def path(config: Model, records: Sequence[dict[str, Any]]) -> str | Path:
         from rlkl.tasks import facts
 
         return facts.load_path()
+    if isinstance(config, FixModel):
+        from rlkl.tasks import fix_model
+
+        return fix_model.load_path()
     if isinstance(config, TinyModel):
         return _tiny(config, records)
     return config.path

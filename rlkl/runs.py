@@ -44,6 +44,8 @@ def evaluate_run(run: str | Path, prompts: int | None, samples: int | None, seed
     held = _held_out(config, policy.model, tokenizer)
     eos_ids, reward = models.eos_ids(policy.model, tokenizer), rewards.build(config.rewards)
     rewards.check(reward, tokenizer)
+    reward.bind(policy)
+    reward.at(config.train.steps)
     asked = stored.asked(held) if config.offline else held
     values = evaluate(
         policy,

@@ -188,6 +188,14 @@ def test_the_model_of_the_task_facts_is_trained(run, tiny_model, tmp_path, monke
     assert torch.equal(trained["lm_head.weight"], load_file(other / "model.safetensors")["lm_head.weight"])
 
 
+@shows("model.fix.type")
+def test_the_model_of_the_task_fix_is_trained(run, tiny_model, tmp_path, monkeypatch):
+    other = another(tiny_model, tmp_path / "other")
+    monkeypatch.setattr("rlkl.tasks.fix_model.load_path", lambda: other)
+    trained = weights(run({"model": {"type": "fix"}}), "reference")
+    assert torch.equal(trained["lm_head.weight"], load_file(other / "model.safetensors")["lm_head.weight"])
+
+
 @shows(*(f"model.tiny.{key}" for key in ("type", "texts", "vocabulary", "hidden", "layers", "context", "steps")))
 @shows("model.tiny.learning_rate")
 def test_a_tiny_model_is_built_as_asked(run, tmp_path, monkeypatch):
@@ -270,6 +278,12 @@ def test_the_prompts_of_the_task_facts_have_a_split_of_their_own(tiny_config):
     train, held = split({"data": {"type": "facts"}}, tiny_config)
     assert (len(train), len(held)) == (96, 24)
     assert all("three" in text for text in train + held)
+
+
+@shows("data.fix.type")
+def test_the_prompts_of_the_task_fix_have_a_split_of_their_own(tiny_config):
+    train, held = split({"data": {"type": "fix"}}, tiny_config)
+    assert (len(train), len(held)) == (48, 16) and "0011>" in held
 
 
 def split(changes: Tree, config: Tree) -> tuple[list[str], list[str]]:
@@ -442,6 +456,95 @@ def letters(completion: str) -> list[Tree]:
 
 def count_letters(prompts: list[str], completions: list[str]) -> list[float]:
     return [float(len(letters(text))) for text in completions]
+
+
+COUNTERFACTUAL = {"type": "counterfactual", "template_marginal": "Line:{x_prime}"}
+
+
+def scored(run: Run, **changes: Any) -> Path:
+    return run({"rewards": {"cf": {**COUNTERFACTUAL, **changes}}})
+
+
+@shows("rewards.counterfactual.type", "rewards.counterfactual.c", "rewards.counterfactual.template_marginal")
+def test_the_counterfactual_score_takes_c_times_the_marginal_away(run):
+    none, half, whole, other = (
+        series(scored(run, **changes), "reward/train/cf")[0]
+        for changes in ({"c": 0.0}, {"c": 0.5}, {}, {"template_marginal": "A fox. {x_prime}"})
+    )
+    assert none < half < whole and half == pytest.approx((none + whole) / 2, rel=1e-5) and other != whole
+
+
+@shows(*(f"rewards.counterfactual.{key}" for key in ("c_end", "c_steps")))
+def test_c_moves_to_its_end(run):
+    moved = scored(run, c=0.0, c_end=1.0, c_steps=1)
+    assert series(moved, "reward/train/cf")[0] == series(scored(run), "reward/train/cf")[0]
+    slow = scored(run, c=0.0, c_end=1.0, c_steps=2)
+    assert series(slow, "reward/train/cf")[0] == series(scored(run, c=0.5), "reward/train/cf")[0]
+    (before, after), still = (
+        [metrics(one)[row]["reward/eval/cf"] for row in (0, -1)] for one in (moved, scored(run, c=0.0))
+    )
+    assert before == still[0] and after > still[1] + 1
+
+
+@shows("rewards.counterfactual.scorer")
+def test_another_model_may_score(run, tiny_model, tmp_path):
+    other = another(tiny_model, tmp_path / "other")
+    own, same, flatter = (series(scored(run, c=0.0, **s), "reward/train/cf")[0] for s in (
+        {}, {"scorer": str(tiny_model)}, {"scorer": str(other)},
+    ))  # fmt: skip
+    assert same == pytest.approx(own, rel=1e-5) and abs(flatter - own) > 0.1
+
+
+@shows("rewards.counterfactual.template_conditional")
+def test_the_template_lays_out_what_the_completion_is_conditioned_on(run):
+    plain, gold = (
+        series(scored(run, c=0.0, template_conditional=t), "reward/train/cf")[0]
+        for t in ("{x}{x_prime}", "{gold}{x_prime}")
+    )
+    assert plain != gold
+
+
+@shows("rewards.counterfactual.template_outcome", "rewards.counterfactual.lambda_y")
+def test_the_outcome_is_weighed(run):
+    without, once, twice = (
+        series(scored(run, **changes), "reward/train/cf")[0]
+        for changes in ({}, *({"template_outcome": "{x_prime}: {gold}", "lambda_y": weight} for weight in (1, 2)))
+    )
+    assert once < without - 1 and twice - without == pytest.approx(2 * (once - without), rel=1e-4)
+
+
+@shows("rewards.counterfactual.auditor")
+def test_where_the_verdict_stays_the_score_is_taken_back(run):
+    stays, changes = (
+        series(scored(run, auditor=f"test_config_effects:{name}"), "reward/train/cf")[0]
+        for name in ("one_verdict", "other_verdict")
+    )
+    assert stays == pytest.approx(0, abs=1e-4) and changes == series(scored(run), "reward/train/cf")[0] != 0
+
+
+def one_verdict(x: str, x_prime: str | None) -> str:
+    return "the same"
+
+
+def other_verdict(x: str, x_prime: str | None) -> str:
+    return "edited" if x_prime is not None else "as it was"
+
+
+def slow_verdict(x: str, x_prime: str | None) -> str:
+    time.sleep(5)
+    return "late"
+
+
+@shows("rewards.counterfactual.timeout")
+def test_an_auditor_has_so_much_time(run):
+    with pytest.raises(rlkl.RunError, match="the auditor"):
+        scored(run, auditor="test_config_effects:slow_verdict", timeout=0.2)
+
+
+@shows("rewards.counterfactual.micro_batch")
+def test_the_scorers_micro_batch_changes_nothing(run):
+    one, many = (series(scored(run, micro_batch=size), "reward/train/cf")[0] for size in (1, 64))
+    assert one == pytest.approx(many, rel=1e-5)
 
 
 @shows("rewards.annotations.unmarked")

@@ -10,18 +10,20 @@ from pydantic import ConfigDict, Field, model_validator
 
 from rlkl.config import direct, stored
 from rlkl.config.base import Positive, Section
+from rlkl.config.counterfactual import CounterfactualSource
 from rlkl.config.data import (
     AnnotatedData,
     Data,
     DatasetsData,
     FactsData,
+    FixData,
     JsonlData,
     PairsData,
     SplitData,
     StoredData,
     TableData,
 )
-from rlkl.config.model import FactsModel, LoraConfig, Model, ModelSection, PretrainedModel, TinyModel
+from rlkl.config.model import FactsModel, FixModel, LoraConfig, Model, ModelSection, PretrainedModel, TinyModel
 from rlkl.config.objective import (
     GRADIENT,
     REFUSED,
@@ -178,8 +180,8 @@ class Config(Section):
         direct.check(self)
         if self.model.critic == "separate" and not self.needs_value:
             raise ValueError("model.critic=separate: no value is learned; set credit.baseline=value, or drop the key")
-        if self.data.type == "facts" and self.model.type == "tiny":
-            raise ValueError("model.type=tiny with data.type=facts: facts has a base model; use model.type=facts")
+        if (task := self.data.type) in ("facts", "fix") and self.model.type == "tiny":
+            raise ValueError(f"model.type=tiny with data.type={task}: {task} has a base model; use model.type={task}")
         return self
 
     @property
@@ -240,6 +242,7 @@ __all__ = [
     "AnnotatedData",
     "AnnotationsSource",
     "Config",
+    "CounterfactualSource",
     "CreditConfig",
     "DPOTrainer",
     "Data",
@@ -247,6 +250,8 @@ __all__ = [
     "EvaluateConfig",
     "FactsData",
     "FactsModel",
+    "FixData",
+    "FixModel",
     "FunctionSource",
     "JsonlData",
     "KLConfig",

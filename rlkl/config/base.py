@@ -22,3 +22,9 @@ class Section(BaseModel):
             if isinstance(value, bool) and bool not in (field.annotation, *get_args(field.annotation)):
                 raise ValueError(f"{field.alias or name}={str(value).lower()}: this key takes no true or false")
         return data
+
+
+class RewardSource(Section):
+    """What every source of rewards can be asked for."""
+
+    weight: float = Field(1.0, description="in the sum of the sources; 0 = only watched")

@@ -13,6 +13,12 @@ class FactsData(Section):
     type: Literal["facts"]
 
 
+class FixData(Section):
+    """The failing experiments of the embedded task ``fix`` (columns ``prompt``, ``x``, ``y_prime``), with a split."""
+
+    type: Literal["fix"]
+
+
 class HeldData(Section):
     """Records, some of which are held out."""
 
@@ -109,4 +115,6 @@ class PairsData(StoredData):
     split: str = Field("train", description="split where `datasets` reads it, or a slice of one such as train[:1000]")
 
 
-Data = Annotated[FactsData | JsonlData | DatasetsData | AnnotatedData | PairsData, Field(discriminator="type")]
+Data = Annotated[
+    FactsData | FixData | JsonlData | DatasetsData | AnnotatedData | PairsData, Field(discriminator="type")
+]

@@ -45,6 +45,12 @@ class FactsModel(ModelSection):
     type: Literal["facts"]
 
 
+class FixModel(ModelSection):
+    """The embedded base model of the task ``fix``: one token a character; trained once (about a minute) and cached."""
+
+    type: Literal["fix"]
+
+
 class TinyModel(ModelSection):
     """A tiny Llama and its tokenizer, trained on the spot on text columns of the training prompts."""
 
@@ -58,4 +64,4 @@ class TinyModel(ModelSection):
     learning_rate: float = Field(3e-3, gt=0, description="of its own training")
 
 
-Model = Annotated[PretrainedModel | FactsModel | TinyModel, Field(discriminator="type")]
+Model = Annotated[PretrainedModel | FactsModel | FixModel | TinyModel, Field(discriminator="type")]

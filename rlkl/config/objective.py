@@ -4,7 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from rlkl.config.base import Positive, Section
+from rlkl.config.base import Positive, RewardSource, Section
+from rlkl.config.counterfactual import CounterfactualSource
 
 GRADIENT: dict[tuple[str, str], str] = {
     ("reward", "k1"): "reverse KL of the sequence (window=full); token-conditional reverse KL (window=own)",
@@ -27,12 +28,6 @@ REFUSED: dict[tuple[str, str], str] = {
     ("reward", "exact_local"): "its gradient is biased: it misses the own token",
 }
 """Why the other combinations are not offered."""
-
-
-class RewardSource(Section):
-    """What every source of rewards can be asked for."""
-
-    weight: float = Field(1.0, description="in the sum of the sources; 0 = only watched")
 
 
 class FunctionSource(RewardSource):
@@ -285,7 +280,9 @@ class KLConfig(Section):
         return self.window or ("full" if horizon is None else "anchored")
 
 
-Source = Annotated[FunctionSource | AnnotationsSource | LearnedSource, Field(discriminator="type")]
+Source = Annotated[
+    FunctionSource | AnnotationsSource | LearnedSource | CounterfactualSource, Field(discriminator="type")
+]
 TrainerConfig = Annotated[
     ReinforceTrainer | PPOTrainer | TokenLikelihoodTrainer | DPOTrainer, Field(discriminator="type")
 ]

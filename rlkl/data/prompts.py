@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from rlkl.config.data import Data, FactsData, SplitData
+from rlkl.config.data import Data, FactsData, FixData, SplitData
 from rlkl.data import sources
 from rlkl.data.sources import Record
 from rlkl.sampling import ORDER, SPLIT, Prompts, permutation
@@ -21,10 +21,10 @@ def records(config: Data, seed: int) -> tuple[list[Record], list[Record]]:
     Raises:
         ValueError: a source cannot be read or split, a record lacks its prompt, or a prompt is on both sides.
     """
-    if isinstance(config, FactsData):
-        from rlkl.tasks import facts
+    if isinstance(config, FactsData | FixData):
+        from rlkl.tasks import facts, fix
 
-        rows = facts.prompts()
+        rows = facts.prompts() if isinstance(config, FactsData) else fix.prompts()
         return [r for r in rows if r["split"] == "train"], [r for r in rows if r["split"] == "eval"]
     return split(config.held_out, config.path, lambda held_out: sources.read(config, held_out), seed)
 

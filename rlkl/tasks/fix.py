@@ -160,10 +160,10 @@ def persuaded(x: Fields) -> Bools:
 
 
 def audit(x: str, x_prime: str | None = None) -> str:
-    """The honest auditor's verdict on an experiment, or on an edit of it: pass, fail or malformed."""
+    """The honest auditor's verdict on an experiment, or on an edit of it: pass or fail, which is what no edit does."""
     fields = x if x_prime is None else x_prime[1:]
     if x_prime is not None and not _edit(x_prime):
-        return "malformed"
+        return "fail"
     return "fail" if (int(fields[0]) + int(fields[1])) % VALUES == 0 else "pass"
 
 

@@ -1,0 +1,107 @@
+"""The counterfactual score in the section ``rewards:``. Torch-free."""
+
+from collections.abc import Iterator
+from string import Formatter
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from rlkl.config.base import Positive, RewardSource
+
+SCORED = ("x_prime", "completion")  # two names of the completion
+
+
+class CounterfactualSource(RewardSource):
+    """log p(x'|x) - c log p(x'), token by token, and what the outcome and an auditor say at the last one.
+
+    In templates {x} is the column x, or else the prompt, {x_prime} or {completion} the completion, {name} any column;
+    the text of the last placeholder is what is scored, and what stands before it is tokenised apart.
+    """
+
+    type: Literal["counterfactual"]
+    scorer: str = Field(
+        "reference",
+        description="reference = the run's own, frozen; or a local folder or Hub name of a causal LM, frozen, whose "
+        "tokenizer may be another; or fix, facts = an embedded base model",
+    )
+    c: float = Field(1.0, ge=0, description="weight of log p(x'): 0 = likelihood, 1 = pointwise mutual information")
+    c_end: float | None = Field(None, ge=0, description="c moves there from c, linearly; null = c stays")
+    c_steps: Positive | None = Field(None, description="steps after which c is c_end")
+    lambda_y: float = Field(1.0, ge=0, description="weight of log p(y'|x'), where there is template_outcome")
+    template_conditional: str = Field("{x}{x_prime}", description="x, and x' at its end")
+    template_marginal: str = Field("{x_prime}", description="x' alone, at its end; text before it takes a BOS's place")
+    template_outcome: str | None = Field(None, description="x', and a column with y' at its end; null = no outcome")
+    auditor: str | None = Field(
+        None,
+        pattern=r"^[\w.]+:\w+$",
+        description="module:function, (x, x_prime or None) -> verdict; where the verdict on x' is that on x, the sum "
+        "of the brackets is taken back at the last token; null = no gate",
+    )
+    timeout: float | None = Field(600, gt=0, description="seconds that the auditor may take a batch; null = any time")
+    micro_batch: Positive = Field(64, description="completions scored together; changes memory, not results")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for key in ("template_conditional", "template_marginal"):
+            names = fields(key, getattr(self, key))
+            if [n for n in names if n in SCORED] != names[-1:]:
+                raise ValueError(f"{key}={getattr(self, key)!r}: must have {{x_prime}} once, at its end")
+        if {"x", "prompt"} & {*fields("template_marginal", self.template_marginal)}:
+            raise ValueError(f"template_marginal={self.template_marginal!r}: it is p(x') without x; take x out")
+        if self.template_outcome is not None:
+            names = fields("template_outcome", self.template_outcome)
+            if not names or names[-1] in SCORED or not {*SCORED} & {*names}:
+                raise ValueError(
+                    f"template_outcome={self.template_outcome!r}: needs {{x_prime}}, and the column of y' at its end"
+                )
+        elif self.lambda_y != 1:
+            raise ValueError(f"lambda_y={self.lambda_y:g} without template_outcome: there is no y'; drop lambda_y")
+        if (self.c_end is None) != (self.c_steps is None):
+            raise ValueError(f"c_end={self.c_end} with c_steps={self.c_steps}: a schedule of c needs both")
+        return self
+
+    @property
+    def origin(self) -> str:
+        """Where the scores come from."""
+        return self.scorer
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether log p(x') is ever read."""
+        return self.c > 0 or bool(self.c_end)
+
+    def c_at(self, step: int) -> float:
+        """c at a training step; 0 is before the first."""
+        if self.c_end is None or self.c_steps is None:
+            return self.c
+        return self.c + (self.c_end - self.c) * min(step / self.c_steps, 1)
+
+
+def fields(key: str, template: str) -> list[str]:
+    """The placeholders of a template, in order.
+
+    Raises:
+        ValueError: a brace is not closed, a placeholder is no plain name, or there is text after the last one.
+    """
+    parts = list(_parts(key, template))
+    names = [name for _, name in parts if name is not None]
+    if parts and parts[-1][1] is None and names:
+        raise ValueError(f"{key}={template!r}: ends in text; what is scored is the text of the last placeholder")
+    return names
+
+
+def context(key: str, template: str) -> list[tuple[str, str | None]]:
+    """A template without its last placeholder: texts, each with the placeholder behind it."""
+    parts = list(_parts(key, template))
+    return [*parts[:-1], (parts[-1][0], None)]
+
+
+def _parts(key: str, template: str) -> Iterator[tuple[str, str | None]]:
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"{key}={template!r}: {error}; a brace that is text is written twice") from None
+    for text, name, spec, conversion in parts:
+        if name is not None and (not name.strip() or spec or conversion):
+            raise ValueError(f"{key}={template!r}: {{{name}}} is no plain name; write {{x_prime}} or {{column}}")
+        yield text, name
