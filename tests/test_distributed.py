@@ -58,6 +58,9 @@ OBJECTIVES: dict[str, Tree] = {
         "rollout": {"samples_per_prompt": 6},
     },
     "lora": {"model": {"lora": {"rank": 2, "alpha": 4}}},
+    "counterfactual": {
+        "rewards": {"cf": {"type": "counterfactual", "c": 0.5, "template_marginal": "Line:{x_prime}"}},
+    },
 }
 
 
