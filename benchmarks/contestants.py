@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 import yaml
 
-from benchmarks.workload import Clock, Meter, Workload, even
+from benchmarks.workload import Clock, Meter, Workload, scattered
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OURS = {
@@ -64,8 +64,8 @@ class Ours:
         with mock.patch.object(self.tracking, "Stopwatch", waiting(self.tracking.Stopwatch)):
             metrics = self.loop.train_step(self.lane, self.done, self.accelerator)
         stages = {name: metrics[f"time/{name}"] for name in ("sample", "reward", "score", "update", "step")}
-        optimiser = self.clock.seconds["optimiser"]
-        return {**stages, "loss+backward": stages.pop("update") - optimiser, "optimiser": optimiser}
+        optimiser, update = self.clock.seconds["optimiser"], stages.pop("update")
+        return {**stages, "loss+backward": update - optimiser, "optimiser": optimiser}
 
     def turn(self) -> dict[str, float]:
         """One step to warm up and one that counts."""
@@ -76,7 +76,7 @@ class Ours:
 def configuration(name: str, workload: Workload, folder: Path) -> dict[str, Any]:
     """The shipped objective on the workload, everything in one micro-batch."""
     shipped = yaml.safe_load((CONFIGS / OURS[name]).read_text(encoding="utf-8"))
-    reward: dict[str, Any] = {"type": "function", "path": "benchmarks.workload:even"}
+    reward: dict[str, Any] = {"type": "function", "path": "benchmarks.workload:scattered"}
     if name == "token_likelihood":
         weights = {"right": 1, "wrong": -1}
         reward = {"type": "annotations", "labeller": "benchmarks.workload:marks", "weights": weights}
@@ -87,7 +87,7 @@ def configuration(name: str, workload: Workload, folder: Path) -> dict[str, Any]
         "name": name,
         "model": {"type": "pretrained", "path": str(folder / "model")},
         "data": {"type": "jsonl", "path": str(prompts), "held_out": 0.25},
-        "rewards": {"even": reward},
+        "rewards": {"reward": reward},
         "rollout": {
             "prompts": workload.prompts,
             "samples_per_prompt": workload.samples,
@@ -118,7 +118,7 @@ class Theirs:
         from datasets import Dataset
         from transformers import AutoTokenizer, PrinterCallback
 
-        more: dict[str, Any] = {"RLOOTrainer": {"beta": 0.05}, "GRPOTrainer": {"beta": 0.04, "loss_type": "grpo"}}[name]
+        more: dict[str, Any] = {"beta": 0.05} if name == "RLOOTrainer" else {"beta": 0.04, "loss_type": "grpo"}
         arguments = getattr(trl, name.replace("Trainer", "Config"))(
             output_dir=str(folder / name),
             report_to=[],
@@ -141,7 +141,7 @@ class Theirs:
         self.clock = Clock()
         self.trainer = getattr(trl, name)(
             model=str(folder / "model"),
-            reward_funcs=even,
+            reward_funcs=scattered,
             args=arguments,
             train_dataset=Dataset.from_list([{"prompt": text} for text in workload.texts()]),
             processing_class=AutoTokenizer.from_pretrained(folder / "model", padding_side="left"),

@@ -116,7 +116,7 @@ def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, flo
         rollout = pairs.ranked(rollout, rewards)
     clock.lap("reward")
     scored = score(lane, rollout)
-    batch = assign(lane, rollout, rewards, scored)
+    batch = replace(assign(lane, rollout, rewards, scored), ref_logp_BT=scored.ref_logp_BT)
     clock.lap("score")
     try:
         metrics = update(lane, rollout, batch, step, accelerator)

@@ -163,7 +163,7 @@ class Batch(_Rows):
     batch). Losses are plain sums of ``weight * term``, so micro-batches add up to the whole batch.
     ``kl_weight_BT`` is the same for the KL penalty, where that covers more tokens than the loss (likelihood: every
     policy token, over the normaliser of the annotated ones). ``tokens`` is the global number of policy tokens, the
-    denominator of token means.
+    denominator of token means. ``ref_logp_BT`` is what the frozen reference said of the tokens, once for all updates.
     """
 
     adv_BT: Tensor
@@ -177,6 +177,7 @@ class Batch(_Rows):
     annotation_BT: Tensor | None = None
     pair_B: Tensor | None = None
     kl_weight_BT: Tensor | None = None
+    ref_logp_BT: Tensor | None = None
 
 
 Metrics = dict[str, tuple[Tensor, Tensor]]

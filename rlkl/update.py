@@ -53,15 +53,16 @@ def optimise(lane: Lane, rollout: Rollout, batch: Batch, step: int, accelerator:
         NotFinite: the loss or its gradient is not finite, on any process, and ``train.on_nonfinite`` is ``stop``.
     """
     config = lane.config
-    need = lane.trainer.need | kl.needs(config.kl)
+    need = (lane.trainer.need | kl.needs(config.kl)) - {"ref_logp"}  # the reference has not changed since it was asked
     metrics: Metrics = {}
     pieces = chunks(len(rollout), config.train.micro_batch)
     for k, (rows, mine) in enumerate(sharding.together(lane.forward, pieces)):
         # Ranks may have different numbers of micro-batches: gradients meet in the last one only, or all step along.
         last = k == len(pieces) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(lane.forward):
-            out = lane.forward(rollout.rows(rows), need)
-            loss, part = step_loss(lane.trainer, config.kl, lane.beta, out, batch.rows(rows))
+            piece = batch.rows(rows)
+            out = replace(lane.forward(rollout.rows(rows), need), ref_logp_BT=piece.ref_logp_BT)
+            loss, part = step_loss(lane.trainer, config.kl, lane.beta, out, piece)
             # Gradients are averaged over ranks, the loss is a global sum.
             accelerator.backward(loss * (lane.ranks * mine))
         metrics = merge(metrics, part) if mine else metrics
