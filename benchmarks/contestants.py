@@ -1,6 +1,7 @@
 """Who is measured: rlkl's trainers, each as a shipped configuration sets it, and trl's two."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
@@ -31,7 +32,7 @@ class Contestant(Protocol):
     meter: Meter
 
     def turn(self) -> dict[str, float]:
-        """One step to warm up and one that counts; its seconds, by stage and whole (``step``)."""
+        """One step to warm up and one that counts; its seconds by stage, whole (``step``), and of all processors."""
 
 
 def build(name: str, workload: Workload, folder: Path) -> Contestant:
@@ -61,11 +62,13 @@ class Ours:
         self.done += 1
         self.clock.seconds.clear()
         self.meter.reset()
+        busy = time.process_time()
         with mock.patch.object(self.tracking, "Stopwatch", waiting(self.tracking.Stopwatch)):
             metrics = self.loop.train_step(self.lane, self.done, self.accelerator)
         stages = {name: metrics[f"time/{name}"] for name in ("sample", "reward", "score", "update", "step")}
         optimiser, update = self.clock.seconds["optimiser"], stages.pop("update")
-        return {**stages, "loss+backward": update - optimiser, "optimiser": optimiser}
+        busy = time.process_time() - busy
+        return {**stages, "loss+backward": update - optimiser, "optimiser": optimiser, "processor": busy}
 
     def turn(self) -> dict[str, float]:
         """One step to warm up and one that counts."""
@@ -165,9 +168,10 @@ def _steps(trainer: Theirs) -> Any:
         def on_step_begin(self, *given: Any, **named: Any) -> None:
             trainer.clock.seconds.clear()
             trainer.meter.reset()
-            self.started = Clock.now()
+            self.started, self.busy = Clock.now(), time.process_time()
 
         def on_step_end(self, *given: Any, **named: Any) -> None:
             trainer.clock.seconds["step"] = Clock.now() - self.started
+            trainer.clock.seconds["processor"] = time.process_time() - self.busy
 
     return Steps()

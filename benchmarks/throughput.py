@@ -1,7 +1,8 @@
 """How long a step takes, where, and beside trl: ``python -m benchmarks.throughput`` (``--help``; docs/performance.md).
 
 Contestants take turns in one process, on the same threads, round after round; a ratio is of two turns of one round, so
-what else the machine does falls on both. Peak memory is that of a process of its own for each.
+what else the machine does falls on both. On a CPU, ratios and shares are of processor time, which leaves out the waiting
+for a processor that others use. Peak memory is that of a process of its own for each.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     result = measure(given.only, given.size, given.rounds, given.threads)
     console = Console()
-    console.width = max(console.width, 120)
+    console.width = max(console.width, 132)
     console.print(table(result), *ratio_lines(result), sep="\n")
     if given.json is not None:
         path = Path(given.json) if given.json else BASELINES / f"{hardware_name(given.threads)}.json"
@@ -77,19 +78,20 @@ def measure(names: Sequence[str], size: str, rounds: int, threads: int) -> Tree:
         for contestant in contestants.values():
             contestant.turn()
         for _ in range(rounds):
-            peaks.append(gemm_peak())
+            peaks.append(gemm_peak(threads))
             for name, contestant in contestants.items():
                 seconds[name].append(contestant.turn())
         work = {name: contestant.meter for name, contestant in contestants.items()}
     load.append(os.getloadavg()[0])
     found = {}
     for name in names:
-        steps = [turn["step"] for turn in seconds[name]]
-        shares = [work[name].flops / step / peak for step, peak in zip(steps, peaks, strict=True)]
+        busy = [effort(turn, threads) for turn in seconds[name]]
+        shares = [work[name].flops / time / peak for time, peak in zip(busy, peaks, strict=True)]
         stages = {s: statistics.median(turn.get(s, 0.0) for turn in seconds[name]) for s in STAGES[:-1]}
         found[name] = {
             "stages": {s: round(x, 5) for s, x in stages.items() if x},
-            "step": spread(steps),
+            "step": spread([turn["step"] for turn in seconds[name]]),
+            "processor": spread([turn["processor"] for turn in seconds[name]]),
             "tokens": {"forward": work[name].tokens, "trained": work[name].trained},
             "gflop": round(work[name].flops / 1e9, 3),
             "share_of_peak": spread(shares),
@@ -99,7 +101,7 @@ def measure(names: Sequence[str], size: str, rounds: int, threads: int) -> Tree:
     for ours, theirs in PAIRS.items():
         if ours in seconds and theirs in seconds:
             both = zip(seconds[ours], seconds[theirs], strict=True)
-            ratios[f"{ours} / {theirs}"] = spread([a["step"] / b["step"] for a, b in both])
+            ratios[f"{ours} / {theirs}"] = spread([effort(a, threads) / effort(b, threads) for a, b in both])
     return {
         "hardware": hardware(),
         "threads": threads,
@@ -112,6 +114,11 @@ def measure(names: Sequence[str], size: str, rounds: int, threads: int) -> Tree:
         "contestants": found,
         "ratios": ratios,
     }
+
+
+def effort(turn: dict[str, float], threads: int) -> float:
+    """Seconds that a step keeps the device busy."""
+    return turn["step"] if torch.cuda.is_available() else turn["processor"] / threads
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -173,7 +180,7 @@ def hardware_name(threads: int) -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", words.lower())).strip("-")
 
 
-HEAD = ("", *STAGES, "min–max", "GFLOP", "of peak", "memory")
+HEAD = ("", *STAGES, "min–max", "processor", "GFLOP", "of peak", "memory")
 
 
 def rows(result: Tree) -> list[list[str]]:
@@ -189,6 +196,7 @@ def rows(result: Tree) -> list[list[str]]:
                 *times,
                 f"{1000 * step['median']:.0f}",
                 f"{1000 * step['min']:.0f}–{1000 * step['max']:.0f}",
+                f"{1000 * found['processor']['median']:.0f}",
                 f"{found['gflop']:.0f}",
                 f"{100 * found['share_of_peak']['median']:.0f} %",
                 f"{held} MiB",

@@ -11,7 +11,7 @@ from rlkl.config import dump
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-FOLDERS = ("rlkl", "trainers", "rewards", "configs", "docs")
+FOLDERS = ("rlkl", "trainers", "rewards", "configs", "docs", "benchmarks")
 
 
 def test_the_page_of_keys_is_current():
