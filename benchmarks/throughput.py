@@ -1,7 +1,7 @@
 """How long a step takes, where, and beside trl: ``python -m benchmarks.throughput`` (``--help``; docs/performance.md).
 
 Contestants take turns in one process, on the same threads, round after round; a ratio is of two turns of one round, so
-what else the machine does falls on both. On a CPU, ratios and shares are of processor time, which leaves out the waiting
+what else the machine does falls on both. On a CPU, ratios and shares are of processor time, which leaves out waiting
 for a processor that others use. Peak memory is that of a process of its own for each.
 """
 
