@@ -827,6 +827,18 @@ def test_a_reward_model_judges_in_pieces_with_or_without_eos(run, tiny_reward_mo
     assert metrics(whole)[0]["reward/eval/rm"] != metrics(bare)[0]["reward/eval/rm"]
 
 
+@shows("rewards.learned.level", "rewards.learned.clip", "rewards.learned.missing_eos_penalty")
+def test_a_reward_model_scores_tokens_is_clipped_and_minds_the_end(run, tiny_model, tiny_reward_model, tmp_path):
+    from test_learned_reward import token_model
+
+    source = {"type": "learned", "path": str(tiny_reward_model)}
+    keys = ({}, {"clip": 1e-3}, {"missing_eos_penalty": 100.0})
+    plain, clipped, ended = (series(run({"rewards": {"rm": {**source, **k}}}), "reward/train/rm")[0] for k in keys)
+    assert abs(plain) > 2e-3 and 0 < abs(clipped) <= 1e-3 and ended < plain
+    dense = {"type": "learned", "path": str(token_model(tiny_model, tmp_path / "rm")), "level": "token"}
+    assert abs(series(run({"rewards": {"rm": dense}}), "reward/train/rm")[0]) > 1e-3
+
+
 # What changes memory and not results
 
 

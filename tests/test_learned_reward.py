@@ -190,3 +190,94 @@ def test_the_configuration_watches_gold_and_learns_from_the_model() -> None:
     config = settings.load(Path(__file__).parents[1] / "configs" / "rewards" / "learned.yaml")
     assert {name: source.weight for name, source in config.rewards.items()} == {"model": 1.0, "gold": 0.0}
     assert settings.load(dump(config)) == config
+
+
+# Scores of tokens, clip, and what did not end
+
+
+def token_model(tiny_model: Path, folder: Path) -> Path:
+    from rlkl import models
+
+    torch.manual_seed(3)
+    model = models.headed(tiny_model, "token")
+    with torch.no_grad():
+        model.score.weight.mul_(20)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
+def test_a_token_model_pays_each_policy_token_its_own_score(tiny_model: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    reward = source(token_model(tiny_model, tmp_path / "rm"), level="token")
+    rollout, end = texts(reward)
+    rollout = ended(rollout, end)
+    found = reward(rollout)
+    for i, (prompt, y) in enumerate(zip([[5, 6], [7], [8, 9, 10]], [[20, 21, end], [22, 23], [end]], strict=True)):
+        for t in range(len(y)):  # of what stands before, and no more
+            alone = reward.model(input_ids=torch.tensor([[*prompt, *y[: t + 1]]])).logits[0, -1, 0]
+            assert float(found.value_BT[i, t]) == pytest.approx(float(alone), rel=1e-4, abs=1e-5)
+    assert torch.equal(found.scored_BT, rollout.policy_mask_BT) and found.queries == 3
+    assert not found.value_BT[~rollout.policy_mask_BT].any()
+    reward.probe(rollout)
+    mask_BT = rollout.policy_mask_BT.clone()
+    mask_BT[0, 1] = False  # written by an environment
+    spared = reward(replace(rollout, policy_mask_BT=mask_BT)).value_BT
+    assert spared[0, 1] == 0 and spared[0, 2] == found.value_BT[0, 2]
+
+
+def test_a_token_model_that_looks_ahead_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    reward = source(token_model(tiny_model, tmp_path / "rm"), level="token")
+    own = reward.model.forward
+
+    def ahead(input_ids: Any, **keys: Any) -> Any:
+        out = own(input_ids=input_ids, **keys)
+        out.logits = out.logits + input_ids.float().sum(1)[:, None, None]
+        return out
+
+    reward.model.forward = ahead
+    rollout, end = texts(reward)
+    with pytest.raises(ValueError, match="reward rm: not causal"):
+        reward.probe(ended(rollout, end))
+
+
+def test_a_run_learns_from_a_token_model(tiny_config: Tree, tiny_model: Path, tmp_path: Path) -> None:
+    path = token_model(tiny_model, tmp_path / "rm")
+    tiny_config["rewards"] = {"rm": {"type": "learned", "path": str(path), "level": "token"}}
+    rows = metrics(rlkl.train(tiny_config))
+    assert rows[1]["policy/grad_norm"] > 0 and rows[0]["reward/eval/rm"] != 0
+
+
+def test_clip_comes_before_the_penalty_of_what_did_not_end(tiny_reward_model: Path) -> None:
+    plain = source(tiny_reward_model)
+    rollout, end = texts(plain)
+    rollout = ended(rollout, end)  # by EOS, the limit, EOS
+    score_B = plain(rollout).value_BT.sum(-1)
+    middle = float(score_B.abs().median())
+    paid_B = source(tiny_reward_model, clip=middle, missing_eos_penalty=2.5)(rollout).value_BT.sum(-1)
+    assert bool((score_B.abs() > middle).any())
+    assert torch.allclose(paid_B, score_B.clamp(-middle, middle) - torch.tensor([0, 2.5, 0]))
+
+
+def test_equal_completions_are_scored_once(tiny_reward_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reward = source(tiny_reward_model)
+    rollout = make_rollout([[5, 6]] * 3 + [[5]], [[20, 21], [22, 23], [20, 21], [20, 21]])
+    seen = []
+    monkeypatch.setattr(scoring, "pad", lambda rows, pad=scoring.pad: seen.extend(rows) or pad(rows))
+    score_B = reward(rollout).value_BT.sum(-1)
+    assert len(seen) == 3 and reward(rollout).queries == 4
+    assert score_B[0] == score_B[2] and len(set(score_B.tolist())) == 3
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"eos": False}, "eos=false with level=token"),
+        ({"missing_eos_penalty": 1.0}, "missing_eos_penalty=1.0 with level=token"),
+        ({"path": "facts"}, "path=facts with level=token"),
+    ],
+)
+def test_what_means_nothing_for_tokens_is_refused(keys: Tree, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        LearnedSource(**{"type": "learned", "path": "x", "level": "token", **keys})

@@ -84,21 +84,44 @@ class AnnotationsSource(RewardSource):
 
 
 class LearnedSource(RewardSource):
-    """A reward model: a sequence-classification model with one label scores prompt and completion at the last token.
+    """A reward model of one label, such as `rlkl reward-model` makes: it scores the completion, or each of its tokens.
 
-    It must have the policy's tokenizer; its score is paid at the last policy token, one query a completion.
+    It must have the policy's tokenizer. One query a completion, though equal ones are scored once.
     """
 
     type: Literal["learned"]
     path: str = Field(
         description="local folder or Hub name; facts = the embedded reward model, trained once (about a minute)"
     )
+    level: Literal["sequence", "token"] = Field(
+        "sequence",
+        description="sequence: a sequence-classification model, read and paid at the last policy token; token: a "
+        "causal token-classification model, whose score of a token is paid there, at every policy token",
+    )
+    clip: float | None = Field(None, gt=0, description="scores beyond +-clip count as that; null = as they are")
+    missing_eos_penalty: float = Field(
+        0.0,
+        ge=0,
+        description="taken off the score, after clip, of a completion that ended by the limit (level sequence)",
+    )
     eos: bool = Field(
         True,
-        description="what is judged ends by one EOS, as in training by trl's RewardTrainer; false = without: for "
-        "models that never saw one, or whose pad token is EOS, so that transformers read the token before it",
+        description="level sequence: what is judged ends by one EOS, as in training by trl's RewardTrainer; false = "
+        "without: for models that never saw one, or whose pad token is EOS, so that transformers read the token "
+        "before it",
     )
     micro_batch: Positive = Field(64, description="completions scored together; changes memory, not results")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("missing_eos_penalty", "eos") if self.level == "token" else ():
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name}={str(value).lower()} with level=token: tokens are scored as they are; drop it"
+                )
+        if self.level == "token" and self.path == "facts":
+            raise ValueError("path=facts with level=token: the embedded model scores sequences; train one for tokens")
+        return self
 
     @property
     def origin(self) -> str:

@@ -53,6 +53,7 @@ def fit(
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    base = Path(base).resolve() if Path(base).is_dir() else base  # the process apart has another working directory
     names = ("chosen_ids", "rejected_ids") if kind == "sequence" else ("ids", "target")
     job = {"base": str(base), "settings": dict(settings), "kind": kind, "seed": seed, "dtype": dtype, "cpu": cpu}
     with tempfile.TemporaryDirectory() as name:
