@@ -114,6 +114,32 @@ def evaluate(
 
 
 @app.command()
+def search(
+    config: Annotated[str, typer.Argument(help="the YAML file of a run, see configs/rewards/counterfactual.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="how many held-out prompts")] = 3,
+    samples: Annotated[int, typer.Option(min=1, help="completions a prompt, n of best-of-n")] = 64,
+    best: Annotated[int, typer.Option(min=1, help="how many of them, by the run's rewards")] = 3,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="a new .jsonl file for the rows")] = None,
+    overwrite: Annotated[bool, typer.Option(help="replace the output file")] = False,
+) -> None:
+    """Sample the untrained model of a run and print the best completions by the run's rewards."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from rlkl import search as room
+    from rlkl.data.files import jsonl, write
+
+    if output and Path(output).exists() and not overwrite:  # before the samples are made
+        raise ValueError(f"{output}: exists; name another file, or pass --overwrite")
+    rows = room.search(config, overrides or [], prompts=prompts, samples=samples, best=best)
+    if output:
+        write(Path(output), jsonl(rows), overwrite)
+    Console(highlight=False).print(room.table(rows))
+
+
+@app.command()
 def export(
     run: Annotated[str, typer.Argument(help="the folder of a finished run")],
     folder: Annotated[str, typer.Option("--output", "-o", help="a new folder")],
