@@ -1,5 +1,6 @@
 """The models in a run's folder: ``reference/`` and ``final/``, written and read back."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -85,16 +86,20 @@ def export(run: Path, config: Config, folder: Path, merge: bool) -> None:
     """Copy the final model of a run elsewhere, with its adapter merged into the base if asked.
 
     Raises:
-        ValueError: the folder is not empty, or there is no adapter to merge.
+        ValueError: the folder is not empty or cannot be made, or there is no adapter to merge.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: not empty; name a new folder")
     policy, tokenizer = load_policy(run, config)
+    if merge and not policy.adapted:
+        raise ValueError(f"{run}: has no adapter to merge; leave --merge out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written ({error.strerror}); name another folder") from None
     if not merge:
         save_final(policy, tokenizer, folder)
         return card.write(run, folder, policy.adapted)
-    if not policy.adapted:
-        raise ValueError(f"{run}: has no adapter to merge; leave --merge out")
     policy.model.merge_and_unload(adapter_names=[TRAINED]).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     card.write(run, folder, adapter=False)

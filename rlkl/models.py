@@ -1,12 +1,17 @@
 """From ``model:`` in the configuration to a causal LM and its tokenizer."""
 
 import contextlib
+import os
+import ssl
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import huggingface_hub
 import huggingface_hub.utils.logging as hub_logging
 import torch
 from safetensors import SafetensorError
@@ -51,7 +56,7 @@ def from_folder(path: str | Path, dtype: str = "float32", key: str = "model.path
     Raises:
         ValueError: there is no such folder, or it does not hold a whole model and its tokenizer.
     """
-    adapted = (Path(path) / "adapter_config.json").is_file()
+    adapted = os.path.isfile(Path(path) / "adapter_config.json")
     with _loading(path, key, "a causal LM"):
         if adapted:
             from peft import PeftConfig, PeftModel
@@ -119,9 +124,11 @@ def _loading(path: str | Path, key: str, what: str) -> Iterator[None]:
     logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
     local = str(path).startswith((".", "~", "/")) or str(path).count("/") > 1
-    if (local or (Path(path).parent.is_dir() and Path(path).parent != Path())) and not Path(path).is_dir():
+    if (local or (os.path.isdir(Path(path).parent) and Path(path).parent != Path())) and not os.path.isdir(path):
         raise ValueError(f"{key}={path}: no such folder; give one with {what} and its tokenizer")
     try:
+        if not os.path.isdir(path) and not _cached(str(path)) and not _hub_answers():
+            raise OSError("there is no such folder here, and the Hub does not answer")
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         why = str(error).strip().splitlines()[0].split(". ")[0]
@@ -129,6 +136,26 @@ def _loading(path: str | Path, key: str, what: str) -> Iterator[None]:
             f"{key}={path}: cannot be loaded ({why}); "
             f"give a folder with {what} and its tokenizer, or a Hub name while online"
         ) from None
+
+
+def _cached(name: str) -> bool:
+    """Whether something of this Hub name was downloaded before; what can be no name is an error at once."""
+    found = (huggingface_hub.try_to_load_from_cache(name, file) for file in ("config.json", "adapter_config.json"))
+    return any(isinstance(file, str) for file in found)
+
+
+def _hub_answers() -> bool:
+    """Whether asking the Hub is worth it: without it, transformers tries again for most of a minute."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        asked = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
+        urllib.request.urlopen(asked, timeout=10).close()
+    except urllib.error.HTTPError:
+        return True
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # other certificates may be trusted there
+    return True
 
 
 def _whole(kind: Any, path: str | Path, dtype: str) -> Any:

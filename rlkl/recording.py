@@ -79,6 +79,8 @@ def _check_column(name: str, value: Any) -> None:
 
 def steps(run: Path) -> list[int]:
     """The steps that a run's recording holds."""
+    if not os.path.isdir(run / "rollouts"):
+        return []
     found = (run / "rollouts").glob("step_*.json")
     return sorted(int(p.stem.removeprefix("step_")) for p in found if p.with_suffix(".safetensors").is_file())
 

@@ -155,6 +155,9 @@ def test_a_lora_run_trains_saves_and_reads_back(tiny_config: Tree, tiny_model: P
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
     with pytest.raises(ValueError, match="not empty"):
         export_run(run, tmp_path / "merged", merge=True)
+    for folder in ("/proc/merged", "x" * 300):
+        with pytest.raises(ValueError, match=rf"^{folder}: cannot be written \(.*\); name another folder$"):
+            export_run(run, folder, merge=True)
 
 
 def test_a_loaded_adapter_trains_on_against_a_frozen_copy(tiny_config: Tree) -> None:

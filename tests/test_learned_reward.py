@@ -1,7 +1,11 @@
 """A reward model as a source: what it reads, where it is paid, and what is refused."""
 
+from email.message import Message
 from pathlib import Path
+from socket import gaierror
+from ssl import SSLError
 from typing import Any
+from urllib.error import HTTPError, URLError
 
 import pytest
 import torch
@@ -165,6 +169,34 @@ def test_what_is_no_reward_model_is_refused(make: Any, why: str, tiny_model: Pat
     path = make(tiny_model, tmp_path / "rm")
     with pytest.raises(ValueError, match=rf"^rewards\.rm\.path=.*{why}"):
         source(path)
+
+
+def test_a_name_that_is_no_folder_waits_for_no_hub_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: Any, **__: Any) -> Any:
+        raise URLError(answer) if answer else HTTPError("u", 401, "no", Message(), None)
+
+    def asked(*_: Any, **__: Any) -> Any:
+        raise OSError("the Hub was asked")
+
+    monkeypatch.setattr("rlkl.models._whole", asked)
+    monkeypatch.setattr("urllib.request.urlopen", away)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    answer: Exception | None = gaierror("no such host")
+    for name in ("nofolder", "no/folder"):
+        with pytest.raises(
+            ValueError, match=rf"^rewards\.rm\.path={name}: .*there is no such folder here, and the Hub do"
+        ):
+            source(Path(name))
+    with pytest.raises(ValueError, match=r"cannot be loaded \(Repo id must"):
+        source(Path("x" * 300))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "file")
+    with pytest.raises(ValueError, match="the Hub was asked"):
+        source(Path("downloaded"))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    for reached in (SSLError("certificate"), None):
+        answer = reached
+        with pytest.raises(ValueError, match="the Hub was asked"):
+            source(Path("gpt2"))
 
 
 def test_a_tokenizer_without_eos_needs_eos_false(tiny_model: Path, tmp_path: Path) -> None:

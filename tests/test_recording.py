@@ -211,6 +211,7 @@ def another_tokenizer(_: Path) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Path], None] | None, list[str], list[str]]] = {
     "no folder": (None, ["rollout.replay=nowhere"], ["rollout.replay=nowhere", "rollout.record=true"]),
+    "a name too long": (None, ["rollout.replay=" + "x" * 300], ["no recording", "rollout.record=true"]),
     "no recording": (forget, [], ["rollout.replay=runs/recorded", "no recording", "rollout.record=true"]),
     "too few steps": (None, ["train.steps=5"], ["3 steps up to 3", "not step 4", "train.steps=5", "lower"]),
     "a hole": (drop_step, [], ["2 steps up to 3", "not step 2"]),
