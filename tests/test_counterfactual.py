@@ -121,6 +121,21 @@ def test_templates_lay_out_other_columns(tiny_model: Path) -> None:
     )
 
 
+def test_the_prompt_is_read_as_the_policy_read_it(tiny_model: Path) -> None:
+    """A chat template has written its own special tokens; another cut of the same text is another context."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rollout = rollout_of(tokenizer)
+    letters = [t for c in "A dog" for t in tokenizer(c)["input_ids"]]
+    prompt_BP = torch.nn.functional.pad(rollout.prompt_BP, (0, 9))
+    prompt_BP[1, : len(letters)] = torch.tensor(letters)
+    length_B = rollout.prompt_length_B.clone()
+    length_B[1] = len(letters)
+    assert letters != tokenizer("A dog")["input_ids"]
+    result = made(tiny_model, c=0)(replace(rollout, prompt_BP=prompt_BP, prompt_length_B=length_B))
+    expected = logp(tiny_model, letters, rollout.completion_ids()[1])
+    assert result.value_BT[1, : len(expected)].tolist() == pytest.approx(expected.tolist(), rel=1e-4)
+
+
 def test_it_is_causal_and_the_probe_says_so(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rollout = rollout_of(AutoTokenizer.from_pretrained(tiny_model))
     reward = made(tiny_model)
