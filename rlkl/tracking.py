@@ -200,7 +200,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file: none where it is missing, and without a last one that a kill cut short."""
+    """The rows of a JSONL file: none where it is missing, and without a last one that is not (yet) whole."""
     if path.is_file():
-        with open(path, encoding="utf-8") as file:
-            yield from (json.loads(line) for line in file if line.endswith("\n"))
+        with open(path, "rb") as file:  # as text, half a character would be an error
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return  # a kill cut it short, or its rest is being written, and would come as the next line
+                yield json.loads(line)

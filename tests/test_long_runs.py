@@ -1,5 +1,6 @@
 """Long runs: memory and file handles stay where they are, and metrics.jsonl can be read at any time."""
 
+import contextlib
 import ctypes
 import gc
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from conftest import Tree, varied
 
 import rlkl
+from rlkl import tracking
 
 READER = """
 import json, sys, time
@@ -20,7 +22,7 @@ looks, seen = 0, -1
 while seen < steps:
     try:
         with open(path, encoding="utf-8") as file:
-            whole = [json.loads(line) for line in file if line.endswith("\\n")]
+            whole = [json.loads(line) for line in file.read().split("\\n")[:-1]]
     except FileNotFoundError:
         whole = []
     assert [row["step"] for row in whole] == list(range(len(whole))), whole
@@ -135,3 +137,18 @@ def test_metrics_can_be_read_while_they_are_written(tiny_config: Tree) -> None:
         reader.kill()
     assert reader.returncode == 0
     assert int(said) > 5
+
+
+def test_the_rest_of_a_row_that_is_being_written_is_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that grows between two reads gives half a line, and then its rest as a line of its own."""
+    path = tmp_path / "metrics.jsonl"
+    path.touch()
+    lines = [b'{"step": 0}\n', b'{"step": 1, "kl": 0.', b'25, "x": 1}\n', b'{"step": 2}\n']
+    monkeypatch.setattr(tracking, "open", lambda *_: contextlib.nullcontext(iter(lines)), raising=False)
+    assert list(tracking.read_rows(path)) == [{"step": 0}]
+
+
+def test_half_a_character_is_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes('{"text": "Malé"}\n{"text": "Malé'.encode()[:-1])
+    assert list(tracking.read_rows(path)) == [{"text": "Malé"}]
