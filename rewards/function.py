@@ -110,12 +110,16 @@ class FunctionReward:
     def _raised(self, error: BaseException, call: Callable[[list[int]], Any], rollout: Rollout) -> str:
         """Which sample it was: the first one on which the function raises alone."""
         culprit = "only on the whole batch"
-        for i in range(len(rollout)):
-            try:
-                call([i])
-            except (Exception, SystemExit):
-                culprit = f"at sample {int(rollout.sample_id_B[i])}"
-                break
+        try:
+            with limit(self.timeout, "the search"):
+                for i in range(len(rollout)):
+                    try:
+                        call([i])
+                    except (Exception, SystemExit):
+                        culprit = f"at sample {int(rollout.sample_id_B[i])}"
+                        break
+        except RunError:
+            culprit = "at which sample was not found in time"
         return f"reward {self.name}: {type(error).__name__}: {error} ({culprit})"
 
     def _token(self, rollout: Rollout) -> Tensor:

@@ -18,6 +18,8 @@ def load_reference(policy: Policy, config: Config, folder: Path) -> None:
     """Give a policy, not placed yet, the reference that its run kept."""
     if config.model.reference != "initial":
         return
+    if (policy.reference is not None or policy.reference_adapter) and not folder.is_dir():
+        raise ValueError(f"{folder}: the reference of this run is gone; put it back, or begin anew with --overwrite")
     if policy.reference is not None:
         kept = models.from_folder(folder, config.model.dtype)[0]
         policy.reference.load_state_dict(kept.state_dict())

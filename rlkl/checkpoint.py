@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from rlkl import artefacts, settings
 from rlkl.config import Config
 from rlkl.data import files
-from rlkl.lane import Lane
+from rlkl.lane import STATE, Lane
 from rlkl.sharding import gathered
 from rlkl.tracking import read_rows
 
@@ -57,7 +57,8 @@ def save(lane: Lane, folder: Path, keep: int, main: bool = True) -> None:
     new.mkdir(parents=True)
     save_file(trained, new / "policy.safetensors")
     save_file(moments, new / "optimiser.safetensors")
-    (new / "state.json").write_text(json.dumps(lane.state(), indent=2) + "\n", encoding="utf-8")
+    state = {**lane.state(), "moments": len(moments)}
+    (new / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     for path in new.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -86,7 +87,9 @@ def load(lane: Lane, folder: Path, step: int) -> None:
     try:
         trained, moments = load_file(path / "policy.safetensors"), load_file(path / "optimiser.safetensors")
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        if state["moments"] != len(moments) or set(STATE) - set(state):
+            raise ValueError("its files do not belong together")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); remove it to resume from the one before") from None
     own = {n: p for n, p in lane.policy.named_parameters() if p.requires_grad}
     if {n: p.shape for n, p in own.items()} != {n: x.shape for n, x in trained.items()}:
@@ -107,6 +110,11 @@ def cut(folder: Path, step: int) -> None:
     """Cut metrics.jsonl and samples.jsonl back to a step; what came after will be written again, the same."""
     for name in ("metrics.jsonl", "samples.jsonl"):
         if (folder / name).is_file():
-            kept = [row for row in read_rows(folder / name) if row["step"] <= step]
+            try:
+                kept = [row for row in read_rows(folder / name) if row["step"] <= step]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{folder / name}: a line is no row of a run ({error}); mend it, or begin anew with --overwrite"
+                ) from None
             files.write(folder / name, files.jsonl(kept), overwrite=True)
     (folder / "error.txt").unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """The one training loop: prompts -> sample -> reward -> KL -> credit -> loss -> step."""
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -115,7 +116,7 @@ def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, flo
     if config.trainer.type == "dpo" and rollout.pair_B is None:
         rollout = pairs.ranked(rollout, rewards)
     clock.lap("reward")
-    scored = score(lane, rollout)
+    scored, ema = score(lane, rollout), lane.ema
     batch = replace(assign(lane, rollout, rewards, scored), ref_logp_BT=scored.ref_logp_BT)
     clock.lap("score")
     try:
@@ -139,6 +140,8 @@ def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, flo
     }
     if not config.offline:  # on tokens of others log-ratios estimate no KL
         values["kl/penalty"] = kl.measured(rollout, scored)
+    if not math.isfinite(values["policy/grad_norm"]):
+        lane.ema = ema  # what was left out leaves no trace in the baseline either
     if config.kl.target is not None:
         lane.beta = kl.adapt(lane.beta, values["kl/penalty"], config.kl.target)
     return values

@@ -48,14 +48,17 @@ def train(
     with tracking.claim(folder, overwrite or resume, main):
         last = checkpoint.steps(folder)[-1:] if resume else []
         accelerator.wait_for_everyone()
-        if main and last:
-            checkpoint.cut(folder, last[0])
-        elif main:
-            dashboards.forget(folder)
-            tracking.create_folder(folder, config)
-        accelerator.wait_for_everyone()
-        if last:
-            checkpoint.load(lane, folder, last[0])
+        try:
+            if main and last:
+                checkpoint.cut(folder, last[0])
+            elif main:
+                dashboards.forget(folder)
+                tracking.create_folder(folder, config)
+            accelerator.wait_for_everyone()
+            if last:
+                checkpoint.load(lane, folder, last[0])
+        except OSError as error:
+            raise RunError(faults.told(error, config)) from error
         try:
             with (
                 faults.requests() as asked,

@@ -81,6 +81,43 @@ def test_an_update_whose_gradient_is_not_finite_can_be_left_out(run: Tree) -> No
     assert rows[3]["kl/sequence"] > 0  # the evaluation after it: the weights are those of step 2
 
 
+def test_an_update_that_is_left_out_leaves_no_trace_in_the_baseline(run: Tree) -> None:
+    rows = metrics(rlkl.train(rewarded_by(run, "enormous"), ["train.on_nonfinite=skip", "credit.baseline=ema"]))
+    assert [row["policy/skipped"] for row in rows[1:]] == [0, 0, 1, 0, 0, 0]
+
+
+def stubborn(prompts: list[str], completions: list[str]) -> list[float]:
+    """``varied``, but the fourth call tries again for ever, whatever happens."""
+    calls[0] += 1
+    while calls[0] == 4:
+        try:
+            time.sleep(60)
+        except Exception:
+            continue
+    return varied(prompts, completions)
+
+
+def test_a_reward_that_tries_again_for_ever_ends_the_run_too(run: Tree) -> None:
+    with pytest.raises(RunError, match=r"step 3: reward varied: no answer within 0\.5 s"):
+        rlkl.train(rewarded_by(run, "stubborn", timeout=0.5))
+
+
+def gone(prompts: list[str], completions: list[str]) -> list[float]:
+    """``varied``, but from the fourth call on the labeller is gone: it fails once, then it hangs."""
+    calls[0] += 1
+    if calls[0] == 4:
+        raise TimeoutError("no route to the labeller")
+    if calls[0] > 4:
+        time.sleep(60)
+    return varied(prompts, completions)
+
+
+def test_a_reward_that_fails_and_then_hangs_says_how_it_failed(run: Tree) -> None:
+    said = r"step 3: reward varied: TimeoutError: no route to the labeller \(at which sample was not found in time\)"
+    with pytest.raises(RunError, match=said):
+        rlkl.train(rewarded_by(run, "gone", timeout=0.5))
+
+
 def test_a_reward_that_hangs_ends_the_run(run: Tree) -> None:
     config = rewarded_by(run, "slow", timeout=0.5)
     started = time.perf_counter()
@@ -204,6 +241,8 @@ def test_a_full_disk_ends_the_run_with_a_usable_checkpoint(run: Tree, small_disk
     with pytest.raises(RunError, match=r"no space left on the disk.*make room, then go on with --resume"):
         rlkl.train(config, overrides)
     assert checkpoint.steps(folder) == [2]
+    with pytest.raises((RunError, ValueError), match=r"[Nn]o space left on"):  # still
+        rlkl.train(config, overrides, resume=True)
     ballast.unlink()
     globals()["filling"] = varied
     assert metrics(rlkl.train(config, overrides, resume=True)) == whole

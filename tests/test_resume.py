@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import Tree, metrics, varied
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlkl
@@ -177,6 +178,30 @@ def test_a_broken_checkpoint_is_named(name: str, run: Tree) -> None:
     path = Path("runs/tiny/checkpoints/step_4") / name
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"checkpoints/step_4: cannot be read .*remove it"):
+        rlkl.train(run, resume=True)
+
+
+def test_files_that_do_not_belong_together_are_refused(run: Tree) -> None:
+    interrupted(run, [], 7)
+    folder = Path("runs/tiny")
+    state, rows = folder / "checkpoints/step_4/state.json", folder / "metrics.jsonl"
+    moments = folder / "checkpoints/step_4/optimiser.safetensors"
+    good = {path: path.read_bytes() for path in (state, rows, moments)}
+    save_file({}, moments)
+    with pytest.raises(ValueError, match=r"step_4: cannot be read \(its files do not belong together"):
+        rlkl.train(run, resume=True)
+    moments.write_bytes(good[moments])
+    for broken in (b"{}", b"null"):
+        state.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"step_4: cannot be read .*remove it"):
+            rlkl.train(run, resume=True)
+    state.write_bytes(good[state])
+    rows.write_bytes(b"not a row\n" + good[rows])
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: a line is no row of a run .*--overwrite"):
+        rlkl.train(run, resume=True)
+    rows.write_bytes(good[rows])
+    (folder / "reference").rename(folder / "elsewhere")
+    with pytest.raises(ValueError, match=r"reference: the reference of this run is gone"):
         rlkl.train(run, resume=True)
 
 
