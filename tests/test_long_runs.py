@@ -86,27 +86,30 @@ def long_run(config: Tree, steps: int, looks: int, *overrides: str) -> Watch:
     return seen
 
 
-def check(seen: Watch, steps: int) -> None:
-    """Between the second and the last quarter no file handle was added, no object a step, and no 2 KiB a step."""
+def leaks(seen: Watch, steps: int) -> list[str]:
+    """What grew between the second and the last quarter: file handles, an object a step, 2 KiB of memory a step."""
     quarter, apart = len(seen.memory) // 4, steps // 2
     early, late = slice(quarter, 2 * quarter), slice(-quarter, None)
-    assert min(seen.handles[late]) <= max(seen.handles[early])  # a dashboard opens its database now and then
-    assert min(seen.objects[late]) < max(seen.objects[early]) + 20 + apart / 4
-    # Allocators open another arena once in a while: 4 MiB that are not a step's.
-    assert min(seen.memory[late]) < max(seen.memory[early]) + 4 * 2**20 + 2048 * apart
+    grown = {
+        "handles": min(seen.handles[late]) > max(seen.handles[early]),  # a dashboard opens its database now and then
+        "objects": min(seen.objects[late]) >= max(seen.objects[early]) + 20 + apart / 4,
+        # Allocators open another arena once in a while: 4 MiB that are not a step's.
+        "memory": min(seen.memory[late]) >= max(seen.memory[early]) + 4 * 2**20 + 2048 * apart,
+    }
+    return [name for name, grew in grown.items() if grew]
 
 
 @pytest.mark.parametrize("dashboard", ["", "trackio"])
 def test_the_second_half_of_a_run_holds_no_more_than_the_first(dashboard: str, tiny_config: Tree) -> None:
     steps = 60
-    check(long_run(tiny_config, steps, 20, f"log.with=[{dashboard}]"), steps)
+    assert leaks(long_run(tiny_config, steps, 20, f"log.with=[{dashboard}]"), steps) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dashboard", ["", "trackio", "tensorboard"])
 def test_two_thousand_steps_hold_no_more_than_the_first_ones(dashboard: str, tiny_config: Tree) -> None:
     steps = 2000
-    check(long_run(tiny_config, steps, 80, f"log.with=[{dashboard}]"), steps)
+    assert leaks(long_run(tiny_config, steps, 80, f"log.with=[{dashboard}]"), steps) == []
 
 
 def test_the_watch_sees_what_leaks(tiny_config: Tree) -> None:
@@ -121,8 +124,7 @@ def test_the_watch_sees_what_leaks(tiny_config: Tree) -> None:
         return seen
 
     for what in (lambda: open("prompts.jsonl"), lambda: [[] for _ in range(3)], lambda: bytearray(b"x" * 300_000)):  # noqa: SIM115
-        with pytest.raises(AssertionError):
-            check(leaking(what), 60)
+        assert leaks(leaking(what), 60)
 
 
 def test_metrics_can_be_read_while_they_are_written(tiny_config: Tree) -> None:
