@@ -4,6 +4,7 @@ Randomness is counter-based and prompts are a function of the step, so weights, 
 whole state. A checkpoint appears under its name only when it is complete; a kill at any moment leaves the one before.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -57,7 +58,7 @@ def save(lane: Lane, folder: Path, keep: int, main: bool = True) -> None:
     new.mkdir(parents=True)
     save_file(trained, new / "policy.safetensors")
     save_file(moments, new / "optimiser.safetensors")
-    state = {**lane.state(), "moments": len(moments)}
+    state = {**lane.state(), "moments": len(moments), "records": fingerprint(lane)}
     (new / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     for path in new.iterdir():
         with open(path, "rb") as file:
@@ -67,6 +68,12 @@ def save(lane: Lane, folder: Path, keep: int, main: bool = True) -> None:
     new.rename(target)
     for old in steps(folder)[:-keep]:
         shutil.rmtree(parent / f"step_{old}")
+
+
+def fingerprint(lane: Lane) -> str:
+    """Of the training records in their order; of a value that JSON cannot hold, its type alone."""
+    rows = json.dumps(list(lane.train_prompts.records), sort_keys=True, default=lambda value: type(value).__name__)
+    return hashlib.sha256(rows.encode()).hexdigest()
 
 
 def steps(folder: Path) -> list[int]:
@@ -81,7 +88,7 @@ def load(lane: Lane, folder: Path, step: int) -> None:
     The reference is the one that the run kept, whatever has become of the model that it was made from.
 
     Raises:
-        ValueError: the checkpoint cannot be read, or is of another model.
+        ValueError: the checkpoint cannot be read, or is of another model or of other training records.
     """
     path = folder / "checkpoints" / f"step_{step}"
     try:
@@ -91,6 +98,11 @@ def load(lane: Lane, folder: Path, step: int) -> None:
             raise ValueError("its files do not belong together")
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); remove it to resume from the one before") from None
+    if state.get("records") != fingerprint(lane):
+        raise ValueError(
+            f"--resume: the training records are not those that {folder} was begun with; put them back, or begin anew "
+            "with --overwrite"
+        )
     own = {n: p for n, p in lane.policy.named_parameters() if p.requires_grad}
     if {n: p.shape for n, p in own.items()} != {n: x.shape for n, x in trained.items()}:
         raise ValueError(f"{path}: its weights are not those of this model; did model.path change?")

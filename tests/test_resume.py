@@ -180,6 +180,17 @@ def test_a_broken_checkpoint_is_named(name: str, run: Tree) -> None:
         rlkl.train(run, resume=True)
 
 
+def test_training_records_that_were_edited_since_are_refused(run: Tree) -> None:
+    interrupted(run, [], 7)
+    prompts = Path("prompts.jsonl")
+    kept = prompts.read_text()
+    prompts.write_text(kept.replace("answer", "reply"))
+    with pytest.raises(ValueError, match=r"the training records are not those that runs/tiny was begun with"):
+        rlkl.train(run, resume=True)
+    prompts.write_text(kept)
+    assert metrics(rlkl.train(run, resume=True))[-1]["step"] == STEPS
+
+
 def test_files_that_do_not_belong_together_are_refused(run: Tree) -> None:
     interrupted(run, [], 7)
     folder = Path("runs/tiny")
