@@ -49,14 +49,14 @@ def train(
         last = checkpoint.steps(folder)[-1:] if resume else []
         accelerator.wait_for_everyone()
         try:
+            if last:  # read before anything is cut
+                checkpoint.load(lane, folder, last[0])
             if main and last:
                 checkpoint.cut(folder, last[0])
             elif main:
                 dashboards.forget(folder)
                 tracking.create_folder(folder, config)
             accelerator.wait_for_everyone()
-            if last:
-                checkpoint.load(lane, folder, last[0])
         except OSError as error:
             raise RunError(faults.told(error, config)) from error
         try:
