@@ -132,6 +132,23 @@ def test_the_reference_is_the_one_that_the_run_kept(run: Tree, tiny_model: Path,
     assert outcome(rlkl.train(run, [f"model.path={own}", "name=cut"], resume=True)) == outcome(whole)
 
 
+def test_a_checkpoint_that_was_cut_short_is_none(run: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = rlkl.train(run, ["name=whole"])
+    kept, written = checkpoint.save_file, []
+
+    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        written.append(path)
+        if len(written) == 4:  # the optimiser of the second checkpoint
+            raise OSError(28, "No space left on device")
+        kept(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises((OSError, RunError), match="No space left"):
+        rlkl.train(run, ["name=cut"])
+    assert checkpoint.steps(Path("runs/cut")) == [2]
+    assert outcome(rlkl.train(run, ["name=cut"], resume=True)) == outcome(whole)
+
+
 def test_a_run_without_a_checkpoint_begins_anew(run: Tree) -> None:
     whole = rlkl.train(run, ["name=whole", "save.every=null"])
     interrupted(run, ["name=cut", "save.every=null"], 5)

@@ -213,7 +213,7 @@ def run_apart(module: str, *folders: Path, cpu: bool = True, shown: bool = False
     done = subprocess.run(command, cwd=folders[0], env=environment, text=True, **heard)
     if done.returncode:
         said = "" if shown else f":\n{done.stderr[-2000:]}"
-        raise RuntimeError(f"training the tiny model failed (exit {done.returncode}){said}")
+        raise RuntimeError(f"the training process failed (exit {done.returncode}){said}")
 
 
 def _train(folder: Path) -> None:
