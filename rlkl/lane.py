@@ -21,7 +21,7 @@ from rlkl.sampling import ALTERNATIVES, EVALUATE, MINIBATCHES, TRAIN, Prompts, p
 from rlkl.trainers import TRAINERS
 from rlkl.types import Need, Rollout, Trainer
 
-STATE = ("step", "beta", "ema", "generated", "queries")
+STATE = ("step", "beta", "ema", "generated", "queries", "seconds")
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Lane:
     ema: float | None = None
     generated: int = 0
     queries: int = 0
+    seconds: float = 0.0
     step: int = 0
     saved: int = 0
     forward: Any = None

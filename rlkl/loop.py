@@ -15,6 +15,7 @@ from rlkl import (
     RunError,
     Stopped,
     artefacts,
+    budget,
     card,
     checkpoint,
     credit,
@@ -50,7 +51,7 @@ def run(
         if code := asked():
             stop(both, code)
         for lane, tracker in both:
-            if lane.step < step <= lane.config.train.steps:
+            if lane.step < step <= lane.config.train.steps and budget.reached(lane) is None:
                 advance(lane, tracker, step, accelerator)
     for lane, tracker in both:
         tracker.say(*(terminal.show(tracker.folder) if tracker.main else ()))
@@ -93,13 +94,17 @@ def advance(lane: Lane, tracker: tracking.Tracker, step: int, accelerator: Accel
     """One training step of a lane, with its line, its row and, when due, its evaluation and its checkpoint."""
     total, every = lane.config.train.steps, lane.config.save.every
     metrics = train_step(lane, step, accelerator)
+    lane.step = step
+    bound = budget.reached(lane) if step < total else None
+    ends = bound is not None or step == total
+    metrics |= {f"budget/ended/{bound}": 1.0} if bound else {}
     tracker.screen.step(step, metrics, lane.config.log.every)
-    if step % lane.config.evaluate.every == 0 or step == total:
+    if step % lane.config.evaluate.every == 0 or ends:
         assess(lane, tracker, step, metrics)
     else:
         tracker.metrics(step, metrics)
-    lane.step = step
-    if every is not None and step % every == 0 and step < total:
+    tracker.say(*budget.told(lane, bound))
+    if every is not None and step % every == 0 and not ends:
         checkpoint.save(lane, tracker.folder, lane.config.save.keep, tracker.main)
 
 
@@ -129,6 +134,7 @@ def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, flo
     generated, queries = global_sum(counts.to(rollout.tokens_BT.device)).tolist()
     lane.generated += 0 if config.offline else int(generated)
     lane.queries += int(queries)
+    lane.seconds += budget.together(clock.metrics()["time/step"], lane.device)
     used = 0 if lane.stored is None else lane.stored.used(step, config.rollout.prompts)
     values = {
         **finish(metrics),

@@ -6,8 +6,9 @@
 import re
 from collections.abc import Iterator
 
-PLACES = {"<source>": r"(?!total$|queries$)[\w.-]+?(?<!_stderr)", "<label>": r".+?(?<!_stderr)"}
-"""Variable parts of a key, and what may stand there: a source is a name under ``rewards:``, a label one of spans."""
+PLACES = {"<source>": r"(?!total$|queries$)[\w.-]+?(?<!_stderr)", "<label>": r".+?(?<!_stderr)", "<bound>": r"\w+"}
+"""Variable parts of a key, and what may stand there: a source is a name under ``rewards:``, a label one of spans, a
+bound one of ``train.budget``."""
 
 METRICS: dict[str, tuple[str, str]] = {
     "reward/train/total": (
@@ -104,6 +105,7 @@ METRICS: dict[str, tuple[str, str]] = {
     ),
     "credit/return": ("reward", "return of a token, mean; with k1 in the reward its KL penalty is included"),
     "tokens/generated": ("tokens", "training tokens sampled so far"),
+    "budget/ended/<bound>": ("flag", "1 in the last row of a run that this cap of train.budget ended"),
     "time/sample": ("seconds", "sampling, a step"),
     "time/reward": ("seconds", "scoring by the sources, a step"),
     "time/score": ("seconds", "log-probs of policy and reference on the samples, and credit, a step"),
@@ -128,8 +130,9 @@ def page() -> Iterator[str]:
     yield (
         "A row of `metrics.jsonl` has `step` (0 = the model before training) and keys of this table; rows of evaluated "
         "steps have `…/eval/…`, `annotated/…`, `kl/sequence` and `kl/token` too. A value that is not finite is `null` "
-        "there and missing in the dashboards. `<source>` is a name under `rewards:`, `<label>` one of annotated spans. "
-        "Everything is over the global batch, all processes together; times are the main process's."
+        "there and missing in the dashboards. `<source>` is a name under `rewards:`, `<label>` one of annotated spans, "
+        "`<bound>` a key of `train.budget`. Everything is over the global batch, all processes together; times are "
+        "the main process's."
     )
     yield ""
     yield "| key | unit | meaning |"

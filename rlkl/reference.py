@@ -138,6 +138,8 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "**required**"
     value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return ""  # its keys follow
     if value is None or isinstance(value, bool):
         return f"`{str(value).lower().replace('none', 'null')}`"
     if isinstance(value, float):

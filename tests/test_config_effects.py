@@ -1158,3 +1158,6 @@ def test_the_walk_finds_keys_at_every_depth():
     assert len(found) > 60
     assert {"seed", "kl.beta", "credit.lambda", "rewards.function.path", "model.tiny.steps", "model.lora.rank"} < found
     assert not {"kl", "model", "rewards", "credit.lambda_", "log.with_"} & found
+
+
+import test_budget  # noqa: E402, F401 - its tests show keys too

@@ -40,6 +40,7 @@ RUNS: dict[str, Tree] = {
         "rollout": {"prompts": 2, "max_new_tokens": 6},
     },
     "beta 0": {"kl": {"beta": 0}},
+    "budget": {"train": {"steps": 3, "budget": {"steps": 1}}},
     "adaptive beta": {"kl": {"target": 1.0}},
     "whitening": {"credit": {"whiten_rewards": True, "whiten_advantages": True, "centre_rewards": True}},
     "one prompt": {"evaluate": {"prompts": 1, "samples_per_prompt": 2}},

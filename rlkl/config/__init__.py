@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from rlkl.config import direct, stored
+from rlkl.config import budget, direct, stored
 from rlkl.config.base import Positive, Section
+from rlkl.config.budget import BudgetConfig
 from rlkl.config.counterfactual import CounterfactualSource
 from rlkl.config.data import (
     AnnotatedData,
@@ -81,6 +82,7 @@ class TrainConfig(Section):
     """The loop."""
 
     steps: Positive = Field(100, description="each draws new completions")
+    budget: BudgetConfig = Field(BudgetConfig(), description="caps; the first that is reached ends the run")
     mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16: autocast; the weights keep their dtype")
     gradient_checkpointing: bool = Field(
         False, description="recompute layers in the backward pass: less memory, more time, same results"
@@ -178,6 +180,7 @@ class Config(Section):
         if self.trainer.type == "ppo":
             self._check_ppo(self.trainer)
         direct.check(self)
+        budget.check(self)
         if self.model.critic == "separate" and not self.needs_value:
             raise ValueError("model.critic=separate: no value is learned; set credit.baseline=value, or drop the key")
         if (task := self.data.type) in ("facts", "fix") and self.model.type == "tiny":
@@ -241,6 +244,7 @@ __all__ = [
     "REFUSED",
     "AnnotatedData",
     "AnnotationsSource",
+    "BudgetConfig",
     "Config",
     "CounterfactualSource",
     "CreditConfig",

@@ -1,0 +1,53 @@
+"""The section ``train.budget``: caps at which a run ends. Torch-free."""
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from rlkl.config.base import Positive, Section
+
+if TYPE_CHECKING:
+    from rlkl.config import Config
+
+
+class BudgetConfig(Section):
+    """Caps. A run ends before the step that could pass the first of them, with its evaluation and its final model.
+
+    The learning rate's schedule follows ``train.steps`` all the same.
+    """
+
+    tokens: Positive | None = Field(
+        None, description="tokens sampled in training; a step counts as the most that it can draw"
+    )
+    queries: Positive | None = Field(None, description="scores asked in training, as reward/queries counts them")
+    steps: Positive | None = Field(None, description="steps; unlike train.steps it does not stretch the schedule")
+    seconds: float | None = Field(
+        None, gt=0, description="of training steps, evaluations left out; a step counts as their mean so far"
+    )
+
+
+def drawn(config: "Config") -> int:
+    """Tokens that a step samples, at most."""
+    r = config.rollout
+    return 0 if config.offline else r.prompts * config.samples * r.max_new_tokens
+
+
+def asked(config: "Config") -> int:
+    """Scores that a step asks for, at most: of every source that weighs, and of stored completions their labels."""
+    asking = [s for s in config.rewards.values() if s.weight and not (s.type == "annotations" and s.labeller is None)]
+    stored = config.rollout.prompts if config.offline else 0
+    return config.rollout.prompts * config.samples * len(asking) + stored
+
+
+def check(config: "Config") -> None:
+    """Refuse a cap below a single step.
+
+    Raises:
+        ValueError: it names the cap and what a step may take.
+    """
+    budget = config.train.budget
+    for name, cap, step in (("tokens", budget.tokens, drawn(config)), ("queries", budget.queries, asked(config))):
+        if cap is not None and cap < step:
+            raise ValueError(
+                f"train.budget.{name}={cap}: a single step may take {step}; raise it, or make steps smaller"
+            )
