@@ -77,7 +77,7 @@ class Dashboards:
     def samples(self, step: int, rows: Sequence[Row]) -> None:
         """The rows of samples.jsonl of one step."""
         for sink in self.sinks if rows else []:
-            sink.samples(step, [{name: x for name, x in row.items() if name != "step"} for row in rows])
+            sink.samples(step, [{name: x for name, x in row.items() if name not in ("step", "tokens")} for row in rows])
 
     def close(self) -> None:
         """Flush and stop every dashboard."""

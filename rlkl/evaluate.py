@@ -4,7 +4,7 @@ The randomness is the same at every evaluation, so that two evaluations differ b
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ class Evaluation:
     rollout: Rollout
     rewards: TokenRewards
     kl_BT: Tensor
+    logp_BT: Tensor
+    ref_logp_BT: Tensor
 
 
 @torch.no_grad()
@@ -60,8 +62,8 @@ def evaluate(
         stream=EVALUATE,
         micro_batch=4 * micro_batch,
     )
-    parts = outputs(policy, rollout, {"kl", "entropy"}, micro_batch)
-    kl_BT, entropy_BT = join(parts, "kl_BT"), join(parts, "entropy_BT")
+    parts = outputs(policy, rollout, {"kl", "entropy", "logp", "ref_logp"}, micro_batch)
+    kl_BT, entropy_BT, logp_BT, ref_logp_BT = (join(parts, f"{x}_BT") for x in ("kl", "entropy", "logp", "ref_logp"))
     rewards = reward(rollout) if reward else TokenRewards(torch.zeros_like(kl_BT), torch.zeros_like(kl_BT).bool())
     sums = [rollout.length_B.sum(), kl_BT.sum(), entropy_BT.sum(), (rollout.end_B != End.LIMIT).sum()]
     counts = [rollout.length_B.new_tensor(len(rollout)), rollout.length_B.new_tensor(rewards.queries)]
@@ -79,22 +81,7 @@ def evaluate(
     }
     for name, share_BT in rewards.shares.items():
         metrics |= _mean(f"reward/eval/{name}", share_BT.sum(-1), rollout)
-    return Evaluation(metrics, rollout, rewards, kl_BT)
-
-
-def sample_rows(result: Evaluation) -> Iterator[dict[str, Any]]:
-    """Completions of an evaluation, the first of every prompt in turn."""
-    rollout = result.rollout
-    texts, ends = rollout.texts(), rollout.end_B.tolist()
-    first = [i for i, g in enumerate(rollout.group_B.tolist()) if g not in rollout.group_B[:i].tolist()]
-    for i in first:
-        yield {
-            "prompt": rollout.columns["prompt"][i],
-            "completion": texts[i],
-            "end": ["eos", "stop", "limit"][ends[i]],
-            "kl": float(result.kl_BT[i].sum()),
-            **{f"reward/{name}": float(x[i].sum()) for name, x in result.rewards.shares.items()},
-        }
+    return Evaluation(metrics, rollout, rewards, kl_BT, logp_BT, ref_logp_BT)
 
 
 def _mean(name: str, x_B: Tensor, rollout: Rollout) -> dict[str, float]:

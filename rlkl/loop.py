@@ -1,6 +1,5 @@
 """The one training loop: prompts -> sample -> reward -> KL -> credit -> loss -> step."""
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -24,10 +23,11 @@ from rlkl import (
     pairs,
     plots,
     recording,
+    samples,
     terminal,
     tracking,
 )
-from rlkl.evaluate import Evaluation, evaluate, join, outputs, sample_rows
+from rlkl.evaluate import Evaluation, evaluate, join, outputs
 from rlkl.lane import Lane, collect
 from rlkl.reduce import finish, global_sum, masked_mean, masked_std
 from rlkl.types import Batch, End, PolicyOutput, Rollout, TokenRewards
@@ -232,7 +232,7 @@ def assess(lane: Lane, tracker: tracking.Tracker, step: int, metrics: Mapping[st
         result = replace(result, metrics=result.metrics | preferred)
     took = {"time/evaluate": time.perf_counter() - started}
     tracker.metrics(step, {**(metrics or {}), **result.metrics, **took})
-    first = list(itertools.islice(sample_rows(result), config.log.samples))
+    first = list(samples.rows(result, config.log.samples, samples.advantages(result, config, lane.beta)))
     rows = gather_object(first)[: config.log.samples]  # the same ones whatever the processes
     tracker.samples(step, rows)
     tracker.say(terminal.evaluation_line(step, result.metrics), *terminal.samples(rows))

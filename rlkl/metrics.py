@@ -115,6 +115,29 @@ METRICS: dict[str, tuple[str, str]] = {
 }
 """Key -> unit and meaning."""
 
+SAMPLES = (
+    "## Samples",
+    "",
+    "A row of `samples.jsonl` is a completion of an evaluation, the first of its prompt: `log.samples` rows an "
+    "evaluation, the same prompts in the same order with the same randomness every time. `kl` and "
+    "`reward/<source>` (before its weight) are of the completion; `tokens` holds lists of an entry a token, to "
+    "four digits:",
+    "",
+    "| list | unit | meaning |",
+    "| --- | --- | --- |",
+    "| `text` | | what the token writes; together they are the completion. A character of several tokens is the last "
+    "one's, EOS writes nothing |",
+    "| `kl` | nats | exact KL(pi\\|\\|pi0) of the next-token distributions before it |",
+    "| `logp`, `ref_logp` | nats | its log-prob under the policy and under the reference, at temperature 1 |",
+    "| `reward/<source>` | reward | what the source pays at it, before the weight |",
+    "| `advantage` | reward | the return that the run's credit gives it (weights, window, discount, centring; KL where "
+    "it is paid as a reward) less the mean of the prompt's other samples. It is not always what trained the run: a "
+    "learned value, another baseline and whitening are left out, so that runs can be compared, and DPO has no "
+    "advantage of its own. For token likelihood it is the window of rewards, without a baseline; an annotation, which "
+    "likelihood reads over its whole span, stands at the span's last token |",
+)
+"""The part of docs/metrics.md about samples.jsonl."""
+
 
 def documented(key: str) -> list[str]:
     """The entries of the table that a key of metrics.jsonl falls under: exactly one, if all is well."""
@@ -139,6 +162,8 @@ def page() -> Iterator[str]:
     yield "| --- | --- | --- |"
     for key, (unit, meaning) in METRICS.items():
         yield f"| `{key}` | {unit} | {meaning} |"
+    yield ""
+    yield from SAMPLES
 
 
 def _pattern(entry: str) -> str:

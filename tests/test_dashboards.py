@@ -33,7 +33,9 @@ def expected(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def samples(folder: Path) -> Rows:
-    return list(tracking.read_rows(folder / "samples.jsonl"))
+    """What dashboards show of samples.jsonl: all but the numbers of single tokens."""
+    rows = tracking.read_rows(folder / "samples.jsonl")
+    return [{name: x for name, x in row.items() if name != "tokens"} for row in rows]
 
 
 def trackio_rows(project: str, run: str) -> tuple[dict[int, dict[str, float]], Rows, int]:

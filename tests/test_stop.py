@@ -9,9 +9,9 @@ import torch
 from conftest import Tree, metrics
 from models import EOS, PROMPTS, VOCAB, build
 
-from rlkl import train
+from rlkl import samples, train
 from rlkl.cli import main
-from rlkl.evaluate import evaluate, sample_rows
+from rlkl.evaluate import evaluate
 from rlkl.policy import Policy
 from rlkl.rewards.function import pay_at_end
 from rlkl.sampling import Prompts, sample
@@ -178,7 +178,7 @@ def test_an_evaluation_names_the_end(policy: Policy) -> None:
         seed=0,
     )
     ends = result.rollout.end_B.tolist()
-    assert [row["end"] for row in sample_rows(result)] == [
+    assert [row["end"] for row in samples.rows(result, len(PROMPTS))] == [
         ["eos", "stop", "limit"][e] for e in ends
     ] and End.STOP in ends
 

@@ -54,6 +54,19 @@ class Decoded:
         found = bisect_left(self.prefixes, point + 1, key=lambda n: self._common(self._prefix(n).rstrip(CUT)))
         return min(found, len(self.ids) - 1)
 
+    def pieces(self) -> list[str]:
+        """What each token writes of the text; a character belongs to the token that completes it.
+
+        Together they are the text: what no prefix settles is the last writing token's.
+        """
+        ends, reached = [], 0
+        for count in self.prefixes:
+            reached = max(reached, self._written(count))
+            ends.append(reached)
+        last = next((t for t, end in enumerate(ends) if end == reached), 0)
+        ends = [len(self.text) if t >= last else end for t, end in enumerate(ends)]
+        return [self.text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
     def _written(self, count: int) -> int:
         return self._common(self._prefix(count))
 
