@@ -19,8 +19,8 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "compare").glob("*.yam
 Make = Callable[..., plan.Plan]
 
 
-@pytest.fixture
-def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
+@pytest.fixture(name="tree")
+def tree_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
     """A comparison of two objectives, in the test's own folder, which is the working one; nothing here trains."""
     monkeypatch.chdir(tmp_path)
     return {
@@ -31,8 +31,8 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
     }
 
 
-@pytest.fixture
-def refused(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+@pytest.fixture(name="refused")
+def refused_(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """``refused(words, **keys)``: what stands on stderr where these end in exit 2, with nothing written."""
     monkeypatch.setattr(workers, "work", lambda *_: pytest.fail("started"))
 
@@ -354,3 +354,6 @@ def test_every_committed_comparison_is_valid(path):
 
 def test_every_key_has_a_test_of_its_effect():
     assert set(CompareConfig.model_fields) == SHOWN
+
+
+import test_compare_grid  # noqa: E402, F401 - its tests show keys too

@@ -13,7 +13,7 @@ from rich.table import Table
 from rlkl import RunError, settings, summary
 from rlkl.config import dump
 from rlkl.config.compare import CompareConfig
-from rlkl.grid import plan, workers
+from rlkl.grid import fair, plan, workers
 from rlkl.grid.plan import Plan, Run
 
 
@@ -41,10 +41,16 @@ def compare(
     """
     _refuse_launcher()
     made = plan.make(source, overrides)
+    fair.check(made)
     kept = [] if overwrite else keep(made)
     slots = workers.slots(made.config.workers, len(made.runs))
     show(made, kept, len(slots))
     if dry_run:
+        from rlkl.grid import cost
+        from rlkl.grid.board import console
+
+        for part in cost.table(made, kept, len(slots)):
+            console().print(part, markup=False, soft_wrap=isinstance(part, str))
         return made.folder
     from rlkl import tracking
 
@@ -102,6 +108,8 @@ def show(made: Plan, kept: Sequence[Run], count: int) -> None:
     for arm, runs in made.arms.items():
         for text in summary.hazards(runs[0].config):
             screen.print(f"{arm}: {text}", markup=False, soft_wrap=True)
+    for flag in fair.flags(made):
+        screen.print(fair.told(flag), markup=False, soft_wrap=True)
 
 
 def prepare(runs: Sequence[Run]) -> None:
@@ -156,7 +164,7 @@ def begun(run: Run) -> bool:
 def conclude(made: Plan, errors: Mapping[str, str]) -> int:
     """Table, summary.json and frontier.png of what is there. How many runs failed."""
     from rlkl import plots
-    from rlkl.grid import results
+    from rlkl.grid import cost, results
     from rlkl.grid.board import console
 
     config = made.config
@@ -167,12 +175,17 @@ def conclude(made: Plan, errors: Mapping[str, str]) -> int:
             found[name] = results.Result(run.arm, seed, str(run.folder), errors[name])
         else:
             found[name] = results.read(run.folder, run.arm, seed, made.gold, config.match_kl, config.columns)
+    ended = {run.config.name: cost.bound(run) for run in made.runs}
     summary = results.summary(made, found)
+    summary |= {"flags": fair.flags(made), "budgets": cost.caps(made), "tuning": cost.tuning(made)}
+    for name, run in summary["runs"].items():
+        run["ended"] = ended[name] if run["error"] is None else None
     (made.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     screen = console()
     screen.print(results.table(made, summary), markup=False)
     failed = {name: r.error for name, r in found.items() if r.error is not None}
-    said = [*results.never(made, found), *(f"{name}: FAILED: {error}" for name, error in failed.items())]
+    said = [*cost.endings(made, ended), *results.never(made, found)]
+    said += [f"{name}: FAILED: {error}" for name, error in failed.items()]
     curves = {arm: [r.frontier for r in found.values() if r.arm == arm and r.error is None] for arm in made.arms}
     points = {arm: runs for arm, runs in curves.items() if runs}
     (made.folder / "frontier.png").unlink(missing_ok=True)

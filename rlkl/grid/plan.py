@@ -4,10 +4,8 @@ Torch-free. A run of the plan is an ordinary run: ``rlkl train <folder>/<name>/<
 """
 
 import difflib
-import itertools
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlkl import metrics, settings
 from rlkl.config import Config
 from rlkl.config.compare import CompareConfig
+from rlkl.grid.cells import Cell, cells
 
 SET_HERE = {"name": "name", "folder": "folder", "seed": "seeds", "log.group": "name"}
 """Keys of a run that a comparison sets, and its own key that decides them."""
@@ -24,10 +23,11 @@ SET_HERE = {"name": "name", "folder": "folder", "seed": "seeds", "log.group": "n
 
 @dataclass(frozen=True)
 class Run:
-    """One run: ``arm`` is its row of the table, with the values of the axes."""
+    """One run: ``arm`` is its row of the table, with the values of the axes; ``of`` is the arm without them."""
 
     arm: str
     config: Config
+    of: str
 
     @property
     def folder(self) -> Path:
@@ -64,12 +64,12 @@ def make(source: str | Path | Mapping[str, Any] | CompareConfig, overrides: Sequ
     config = read(source, overrides)
     arms: dict[str, list[Run]] = {}
     mistakes: dict[str, list[str]] = {}
-    for arm, changes in _cells(config):
+    for cell in cells(config):
         try:
-            arms[arm] = [_run(config, arm, changes, seed) for seed in config.seeds]
+            arms[cell.name] = [_run(config, cell, seed) for seed in config.seeds]
         except ValueError as error:
             for text in str(error).splitlines():
-                mistakes.setdefault(text, []).append(arm)
+                mistakes.setdefault(text, []).append(cell.name)
     if mistakes:
         where = {text: f"arm{'s' if len(names) > 1 else ''} {', '.join(names)}" for text, names in mistakes.items()}
         raise ValueError("\n".join(f"{where[text]}: {text}" for text in mistakes))
@@ -94,10 +94,10 @@ def read(source: str | Path | Mapping[str, Any] | CompareConfig, overrides: Sequ
         raise ValueError(
             f"{where}this is a run, not a comparison; use rlkl train, or make it the base of a file with arms and seeds"
         )
-    _read_base(tree, beside)
+    _read_bases(tree, beside)
     for override in overrides:
         settings.put(tree, *settings.parse(override))
-        _read_base(tree, beside)
+        _read_bases(tree, beside)
     kept: Any = OmegaConf.to_container(tree, resolve=False)  # an interpolation in base or arms is the run's own
     kept = {key: kept[key] for key in ("base", "arms") if key in kept}
     own = settings.resolve(OmegaConf.masked_copy(tree, [str(key) for key in tree if key not in kept]))
@@ -114,45 +114,36 @@ def diff(plan: Plan) -> dict[str, dict[str, str]]:
     return {key: row for key, row in table.items() if len(set(row.values())) > 1}
 
 
-def _read_base(tree: DictConfig, beside: Path) -> None:
-    """Put what a base's file holds in the place of its path."""
-    base = OmegaConf.to_container(tree, resolve=False).get("base")  # type: ignore[union-attr]
-    if not isinstance(base, str):
-        return
-    read = settings.read(beside / base)
-    if "arms" in read:
-        raise ValueError(f"base={base}: this is a comparison itself; name a run's YAML")
-    tree["base"] = read
-
-
-def _cells(config: CompareConfig) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
-    """Every arm with every combination of the axes: its name and its changes, in the order of their precedence."""
-    leaves = [key.rpartition(".")[2] for key in config.axes]
-    short = [leaf if leaves.count(leaf) == 1 else key for leaf, key in zip(leaves, config.axes, strict=True)]
-    seen: dict[str, Any] = {}
-    for arm, changes in config.arms.items():
-        for values in itertools.product(*config.axes.values()):
-            name = "".join([arm, *(f",{key}={_label(x)}" for key, x in zip(short, values, strict=True))])
-            if name in seen:
+def _read_bases(tree: DictConfig, beside: Path) -> None:
+    """Put what a base's file holds in the place of its path, of the comparison and of arms with one of their own."""
+    plain: Any = OmegaConf.to_container(tree, resolve=False)
+    arms = plain.get("arms") if isinstance(plain.get("arms"), dict) else {}
+    own = {f"arms.{arm}": changes for arm, changes in arms.items() if isinstance(changes, dict)}
+    for where, holder in {"": plain, **own}.items():
+        base = holder.get("base")
+        if isinstance(base, str):
+            read = settings.read(beside / base)
+            if "arms" in read:
                 raise ValueError(
-                    f"axes: {name} comes twice, from {settings.show(seen[name])} and {settings.show(values)}; drop one"
+                    f"{where}{'.' * bool(where)}base={base}: this is a comparison itself; name a run's YAML"
                 )
-            seen[name] = values
-            # A type comes first: it drops what its section held.
-            own = sorted(settings.flat(changes), key=lambda change: change[0].rpartition(".")[2] != "type")
-            yield name, [*own, *zip(config.axes, values, strict=True)]
+            section = tree.arms[where.removeprefix("arms.")] if where else tree
+            section["base"] = read
 
 
-def _run(config: CompareConfig, arm: str, changes: Sequence[tuple[str, Any]], seed: int) -> Run:
-    tree = OmegaConf.create(config.base)
-    for key, value in changes:
-        if key in SET_HERE:
-            raise ValueError(f"{key}: the comparison sets it; use {SET_HERE[key]}: of the comparison")
+def _run(config: CompareConfig, cell: Cell, seed: int) -> Run:
+    tree = OmegaConf.create(config.arms[cell.arm].get("base", config.base))
+    caps = {f"train.budget.{name}": cap for name, cap in config.budgets.model_dump().items() if cap is not None}
+    decided = SET_HERE | dict.fromkeys(caps, "budgets")
+    for key, value in cell.changes:
+        if key in decided:
+            raise ValueError(f"{key}: the comparison sets it; use {decided[key]}: of the comparison")
         settings.put(tree, key, value)
     folder = str(Path(config.folder) / config.name)
-    for key, value in {"name": f"{arm},seed={seed}", "folder": folder, "seed": seed, "log.group": config.name}.items():
+    own = {"name": f"{cell.name},seed={seed}", "folder": folder, "seed": seed, "log.group": config.name}
+    for key, value in (own | caps).items():
         settings.put(tree, key, value)
-    return Run(arm, settings.load(OmegaConf.to_container(tree)))  # type: ignore[arg-type]
+    return Run(cell.name, settings.load(OmegaConf.to_container(tree)), cell.arm)  # type: ignore[arg-type]
 
 
 def _check_twins(arms: Mapping[str, Sequence[Run]]) -> None:
@@ -183,12 +174,3 @@ def _gold(config: CompareConfig, arms: Mapping[str, Sequence[Run]]) -> str:
         if source.type == "annotations" and source.labeller is None:
             raise ValueError(f"gold={gold}: in arm {arm} these are stored spans, which say nothing of new samples")
     return gold
-
-
-def _label(value: Any) -> str:
-    """A value as part of a folder's name; a number is not rounded."""
-    if isinstance(value, float):
-        text = short if float(short := f"{value:g}") == value else repr(value)
-        return text.replace("e+", "e")
-    text = settings.show(value).strip("[]{}")
-    return re.sub(r"[^\w.-]+", "-", text) or "-"

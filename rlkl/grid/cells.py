@@ -1,0 +1,110 @@
+"""The combinations of a comparison: every arm with every value of its axes and bundles, less what is left out.
+
+Torch-free.
+"""
+
+import difflib
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlkl import settings
+from rlkl.config.compare import CompareConfig
+
+Changes = list[tuple[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row of the table: ``arm`` with a value on every axis, its name, and what that changes, in order of precedence.
+
+    ``place`` is its combination as ``include`` and ``exclude`` write it.
+    """
+
+    arm: str
+    name: str
+    place: dict[str, Any]
+    changes: Changes
+
+
+def cells(config: CompareConfig) -> list[Cell]:
+    """The combinations that are run.
+
+    Raises:
+        ValueError: one comes twice; include or exclude name what there is not; none is left.
+    """
+    every = list(_product(config))
+    for kind, partials in (("include", config.include), ("exclude", config.exclude)):
+        for n, partial in enumerate(partials):
+            _check_partial(f"{kind}[{n}]", partial, every)
+    kept = [cell for cell in every if not config.include or any(_matches(cell, p) for p in config.include)]
+    left = [cell for cell in kept if not any(_matches(cell, p) for p in config.exclude)]
+    if not left:
+        raise ValueError(f"exclude: none of {len(kept)} combinations is left; drop an entry")
+    if config.include or config.exclude:
+        gone = [arm for arm in config.arms if arm not in {cell.arm for cell in left}]
+        if gone:
+            raise ValueError(f"arms.{gone[0]}: include and exclude leave none of its combinations; drop the arm")
+    return left
+
+
+def _product(config: CompareConfig) -> Iterator[Cell]:
+    leaves = [key.rpartition(".")[2] for key in config.axes]
+    short = [leaf if leaves.count(leaf) == 1 else key for leaf, key in zip(leaves, config.axes, strict=True)]
+    seen: dict[str, Any] = {}
+    for arm, changes in config.arms.items():
+        own = _typed({key: value for key, value in changes.items() if key != "base"})
+        for chosen in itertools.product(*config.bundles.values()):
+            named = dict(zip(config.bundles, chosen, strict=True))
+            bundled = [change for name, x in named.items() for change in _typed(config.bundles[name][x])]
+            labels = [f",{name}={x}" for name, x in named.items()]
+            for values in itertools.product(*config.axes.values()):
+                shown = [f",{key}={_label(x)}" for key, x in zip(short, values, strict=True)]
+                name = "".join([arm, *labels, *shown])
+                if name in seen:
+                    both = f"{settings.show(seen[name])} and {settings.show(values)}"
+                    raise ValueError(f"axes: {name} comes twice, from {both}; drop one")
+                seen[name] = values
+                axes = list(zip(config.axes, values, strict=True))
+                place = {"arm": arm, **named, **dict(axes)}
+                yield Cell(arm, name, place, [*own, *bundled, *axes])
+
+
+def _typed(changes: Mapping[str, Any]) -> Changes:
+    """Flat changes; a type comes first, since it drops what its section held."""
+    return sorted(settings.flat(changes), key=lambda change: change[0].rpartition(".")[2] != "type")
+
+
+def _matches(cell: Cell, partial: Mapping[str, Any]) -> bool:
+    return all(_is(cell.place[key], wanted) for key, wanted in settings.flat(partial))
+
+
+def _is(value: Any, wanted: Any) -> bool:
+    """Whether a value is what is asked for: itself, or one of a list."""
+    return bool(value == wanted or (isinstance(wanted, list) and value in wanted))
+
+
+def _check_partial(where: str, partial: Mapping[str, Any], every: Sequence[Cell]) -> None:
+    known = every[0].place
+    if not partial:
+        raise ValueError(f"{where}: it is empty; name some of {', '.join(known)}")
+    for key, wanted in settings.flat(partial):
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+            raise ValueError(f"{where}: {key} is neither arm, axis nor bundle, {hint}")
+        values = list({settings.show(cell.place[key]): cell.place[key] for cell in every}.items())
+        if not any(_is(value, wanted) for _, value in values):
+            there = ", ".join(text for text, _ in values)
+            raise ValueError(f"{where}: {key}={settings.show(wanted)} is none of its values ({there})")
+
+
+def _label(value: Any) -> str:
+    """A value as part of a folder's name; a number is not rounded."""
+    if isinstance(value, float):
+        text = short if float(short := f"{value:g}") == value else repr(value)
+        return text.replace("e+", "e")
+    text = settings.show(value).strip("[]{}")
+    return re.sub(r"[^\w.-]+", "-", text) or "-"

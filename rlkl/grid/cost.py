@@ -1,0 +1,111 @@
+"""What a comparison may cost, as far as it can be told before, and which cap ended which run."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from rich.table import Table
+
+from rlkl.config import Config
+from rlkl.config.budget import asked, drawn
+from rlkl.grid.plan import Plan, Run
+from rlkl.tracking import read_rows
+
+ENDED = "budget/ended/"
+Pace = tuple[int, float]
+"""Steps done, and seconds a step with its share of the evaluations."""
+
+
+def bounds(config: Config) -> dict[str, int]:
+    """Steps, sampled tokens and scores of a run, at most."""
+    budget = config.train.budget
+    steps = min(config.train.steps, budget.steps or config.train.steps)
+    tokens, queries = steps * drawn(config), steps * asked(config)
+    return {
+        "steps": steps,
+        "tokens": min(tokens, budget.tokens or tokens),
+        "queries": min(queries, budget.queries or queries),
+    }
+
+
+def pace(run: Run) -> Pace | None:
+    """How far a run is and how fast it was; None before its first step."""
+    rows = list(read_rows(run.folder / "metrics.jsonl"))
+    done = rows[-1]["step"] if rows else 0
+    spent = sum((row.get("time/step") or 0.0) + (row.get("time/evaluate") or 0.0) for row in rows)
+    return (done, spent / done) if done else None
+
+
+def seconds(plan: Plan, kept: Sequence[Run]) -> dict[str, float | None]:
+    """Seconds that are left of each arm's runs, one after the other; None where no run of any arm tells.
+
+    An arm without rows of its own is taken to be as fast as the others.
+    """
+    found = {run.config.name: pace(run) for run in plan.runs}
+    known = {arm: [p[1] for run in runs if (p := found[run.config.name])] for arm, runs in plan.arms.items()}
+    means = [fmean(x) for x in known.values() if x]
+    left: dict[str, float | None] = {}
+    for arm, runs in plan.arms.items():
+        speed = fmean(known[arm] or means) if known[arm] or means else None
+        names = {run.config.name for run in kept}
+        steps = [
+            bounds(r.config)["steps"] - (found[r.config.name] or (0, 0.0))[0]
+            for r in runs
+            if r.config.name not in names
+        ]
+        left[arm] = None if speed is None else speed * sum(steps)
+    return left
+
+
+def table(plan: Plan, kept: Sequence[Run], workers: int) -> tuple[Table, str]:
+    """A row an arm, with its runs and what each of them may take at most; and the sum on one line."""
+    out = Table(title="the plan: what a run may take, at most", title_justify="left")
+    for head in ("arm", "seeds", "steps", "tokens", "label queries", "tuning runs", "time left"):
+        out.add_column(head, justify="left" if head in ("arm", "seeds") else "right", overflow="fold")
+    left, total = seconds(plan, kept), {"steps": 0, "tokens": 0, "queries": 0}
+    for arm, runs in plan.arms.items():
+        one = bounds(runs[0].config)
+        total = {name: n + len(runs) * one[name] for name, n in total.items()}
+        tuned = plan.config.tuning.get(runs[0].of)
+        cells = [f"{one[name]:,}" for name in total]
+        seeds = ", ".join(str(run.config.seed) + (" (kept)" if run in kept else "") for run in runs)
+        out.add_row(arm, seeds, *cells, "not said" if tuned is None else str(tuned), _time(left[arm]))
+    told = f"in all at most {total['steps']:,} steps, {total['tokens']:,} tokens, {total['queries']:,} label queries"
+    known = [x for x in left.values() if x is not None]
+    when = f"about {_time(sum(known) / workers)} with {workers} at a time" if known else "time: no run has steps yet"
+    return out, f"{told}; {when}; evaluations ask and sample on top"
+
+
+def bound(run: Run) -> str | None:
+    """The cap of ``train.budget`` that ended a run; None where it came to its last step."""
+    last = list(read_rows(run.folder / "metrics.jsonl"))[-1:]
+    found = [key.removeprefix(ENDED) for row in last for key in row if key.startswith(ENDED)]
+    return found[0] if found else None
+
+
+def endings(made: Plan, ended: Mapping[str, str | None]) -> list[str]:
+    """A line for each arm and cap that ended some of its runs."""
+    counts: dict[tuple[str, str], int] = {}
+    for run in made.runs:
+        if cap := ended[run.config.name]:
+            counts[run.arm, cap] = counts.get((run.arm, cap), 0) + 1
+    return [
+        f"{arm}: {count} of {len(made.arms[arm])} runs ended by the budget of {cap}"
+        for (arm, cap), count in counts.items()
+    ]
+
+
+def caps(made: Plan) -> dict[str, float]:
+    """The budgets that the comparison gives to every run."""
+    return {name: cap for name, cap in made.config.budgets.model_dump().items() if cap is not None}
+
+
+def tuning(made: Plan) -> dict[str, int | None]:
+    """Tuning runs of every arm, None where they were not said."""
+    return {arm: made.config.tuning.get(arm) for arm in made.config.arms}
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,217 @@
+"""The grid of a comparison: bundles, what is included and left out, bases of arms, budgets, flags, and its cost."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import Tree
+from test_compare import shows
+from test_compare_plan import names, refused_, tree_  # noqa: F401 - fixtures
+
+from rlkl.cli import main
+from rlkl.grid import cost, fair, plan
+
+Refused = Callable[..., str]
+SOURCES = {"sum": {}, "letters": {"rewards.parity.weight": 0}}
+
+
+@shows("bundles")
+def test_a_bundle_is_an_axis_of_several_keys(tree: Tree):
+    bundles = {"source": {"sum": {}, "tuned": {"rewards": {"parity": {"weight": 0}}, "kl.beta": 0.3}}}
+    made = plan.make(tree | {"bundles": bundles, "axes": {"credit.gamma": [1.0, 0.5]}})
+    assert names(made)[:4] == [
+        "reinforce,source=sum,gamma=1,seed=0",
+        "reinforce,source=sum,gamma=0.5,seed=0",
+        "reinforce,source=tuned,gamma=1,seed=0",
+        "reinforce,source=tuned,gamma=0.5,seed=0",
+    ]
+    last = made.runs[-1].config
+    assert (last.rewards["parity"].weight, last.kl.beta, last.credit.gamma, last.trainer.type) == (0, 0.3, 0.5, "ppo")
+    assert made.runs[0].config.rewards["parity"].weight == 0.5
+    assert {run.of for run in made.runs} == {"reinforce", "ppo"}
+
+
+def test_an_axis_comes_after_a_bundle_and_a_bundle_after_the_arm(tree: Tree):
+    tree["arms"] = {"a": {"kl.beta": 0.1, "credit.gamma": 0.1, "train.steps": 1}}
+    bundles = {"b": {"x": {"kl.beta": 0.2, "credit.gamma": 0.2}}}
+    config = plan.make(tree | {"bundles": bundles, "axes": {"kl.beta": [0.3]}}).runs[0].config
+    assert (config.train.steps, config.credit.gamma, config.kl.beta) == (1, 0.2, 0.3)
+
+
+@shows("include", "exclude")
+def test_partial_combinations_include_and_exclude(tree: Tree):
+    grid = tree | {"bundles": {"source": SOURCES}, "axes": {"kl.beta": [0.1, 0.2]}}
+    assert len(plan.make(grid).runs) == 8
+    only = plan.make(grid | {"include": [{"arm": "ppo"}, {"source": "letters", "kl.beta": 0.1}]})
+    assert list(only.arms) == [
+        "reinforce,source=letters,beta=0.1",
+        *(f"ppo,source={source},beta={beta}" for source in SOURCES for beta in (0.1, 0.2)),
+    ]
+    exclude = [{"arm": "reinforce", "kl": {"beta": 0.1}}, {"source": ["sum", "none"], "kl.beta": 0.2}]
+    less = plan.make(grid | {"exclude": exclude})
+    assert list(less.arms) == [
+        "reinforce,source=letters,beta=0.2",
+        "ppo,source=sum,beta=0.1",
+        "ppo,source=letters,beta=0.1",
+        "ppo,source=letters,beta=0.2",
+    ]
+
+
+def test_combinations_that_are_left_out_need_not_be_valid(tree: Tree):
+    grid = tree | {"axes": {"trainer.minibatches": [1, 2]}, "exclude": [{"arm": "reinforce"}]}
+    with pytest.raises(ValueError, match=r"arms.reinforce: include and exclude leave none of its combinations"):
+        plan.make(grid)
+    bundles = {"passes": {"one": {}, "two": {"trainer.minibatches": 2}}}
+    made = plan.make(tree | {"bundles": bundles, "exclude": [{"arm": "reinforce", "passes": "two"}]})
+    assert list(made.arms) == ["reinforce,passes=one", "ppo,passes=one", "ppo,passes=two"]
+
+
+def test_an_arm_may_have_a_base_of_its_own(tree: Tree, tmp_path: Path):
+    other = tree["base"] | {"train": {"steps": 7}, "kl": {"beta": 0.4}}
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/other.yaml").write_text(yaml.safe_dump(other))
+    tree["arms"]["more"] = {"base": "other.yaml", "kl.beta": 0.5}
+    (tmp_path / "configs/c.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    made = plan.make("configs/c.yaml", ["arms.more.base.credit.gamma=0.5"])
+    config = made.runs[-1].config
+    assert (config.train.steps, config.kl.beta, config.credit.gamma) == (7, 0.5, 0.5)
+    assert made.runs[0].config.train.steps == 2
+    again = plan.make(made.config.model_dump(mode="json"))  # as compare.yaml keeps it
+    assert again.runs == made.runs
+
+
+@shows("budgets")
+def test_budgets_cap_every_run(tree: Tree):
+    made = plan.make(tree | {"budgets": {"steps": 1, "tokens": 50}})
+    for run in made.runs:
+        assert (run.config.train.budget.steps, run.config.train.budget.tokens) == (1, 50)
+        assert run.config.train.budget.queries is None
+    assert cost.caps(made) == {"steps": 1, "tokens": 50}
+
+
+@shows("tuning")
+def test_tuning_runs_are_shown_where_they_were_said_and_flagged_where_they_differ(tree: Tree, capsys):
+    Path("c.yaml").write_text(yaml.safe_dump(tree | {"tuning": {"ppo": 12}}, sort_keys=False))
+    assert main(["compare", "c.yaml", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    lines = {line.split("│")[1].strip(): line for line in out.splitlines() if line.startswith("│") and "│ 0 " in line}
+    assert "12" in lines["ppo"]
+    assert "not said" in lines["reinforce"]
+    assert "differ in tuning" not in out
+    made = plan.make(tree | {"tuning": {"ppo": 12, "reinforce": 1}})
+    assert fair.flags(made) == [{"key": "tuning", "values": {"ppo": 12, "reinforce": 1}}]
+
+
+@shows("compared")
+def test_arms_that_differ_in_what_nobody_compares_are_flagged(tree: Tree, capsys):
+    tree["arms"] = {
+        "a": {},
+        "b": {"kl": {"placement": "loss", "estimator": "exact"}, "credit": {"whiten_rewards": True}},
+        "c": {"trainer": {"type": "dpo"}, "kl.beta": 0.1},
+    }
+    flags = {flag["key"]: flag["values"] for flag in fair.flags(plan.make(tree))}
+    assert flags == {
+        "kl.placement": {"a": "reward", "b": "loss"},
+        "kl.estimator": {"a": "k1", "b": "exact"},
+        "credit.whiten_rewards": {"a": False, "b": True},
+    }  # DPO has no further penalty, and nothing to whiten
+    meant = plan.make(tree | {"compared": ["kl", "credit.whiten_rewards"]})
+    assert fair.flags(meant) == []
+    Path("c.yaml").write_text(yaml.safe_dump(tree | {"compared": ["kl"]}, sort_keys=False))
+    assert main(["compare", "c.yaml", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "warning: arms differ in credit.whiten_rewards: false (a), true (b); if that is what you compare, list" in out
+    )
+    assert "differ in kl" not in out
+
+
+@pytest.mark.parametrize(
+    ("axes", "flagged"),
+    [
+        ({"credit.gamma": [1.0, 0.9]}, []),
+        ({"credit.horizon": [None, 2]}, []),  # the window follows
+        ({"kl.window": ["own", "full"]}, []),
+    ],
+)
+def test_axes_are_meant(tree: Tree, axes: Tree, flagged: list[str]):
+    tree["arms"] = {"a": {}}
+    assert [flag["key"] for flag in fair.flags(plan.make(tree | {"axes": axes}))] == flagged
+
+
+def test_the_window_is_flagged_where_the_horizon_is_not_compared(tree: Tree):
+    tree["arms"] = {"a": {}, "b": {"credit.horizon": 2}, "c": {"kl.window": "own"}}
+    (flag,) = fair.flags(plan.make(tree))
+    assert flag == {"key": "kl.window", "values": {"a": "full", "b": "anchored", "c": "own"}}
+
+
+def test_lambda_counts_only_where_gae_reads_it(tree: Tree):
+    gae = {"credit": {"advantage": "gae", "baseline": "value"}, "kl": {"placement": "loss", "estimator": "exact"}}
+    tree["base"]["kl"] = gae["kl"]
+    tree["arms"] = {"a": {}, "b": gae, "c": {**gae, "credit.lambda": 0.5}}
+    (flag,) = fair.flags(plan.make(tree))
+    assert flag == {"key": "credit.lambda", "values": {"b": 0.95, "c": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"seeds": None}, "seeds=None: "),
+        ({"seeds": []}, "seeds=[]: "),
+        ({"axes": {"kl.betta": [1]}}, "ppo,betta=1: kl.betta: unknown key, did you mean kl.beta?"),
+        ({"include": [{"arms": "ppo"}]}, "include[0]: arms is neither arm, axis nor bundle, did you mean arm?"),
+        ({"exclude": [{"arm": "pppo"}]}, "exclude[0]: arm=pppo is none of its values (reinforce, ppo)"),
+        ({"exclude": [{"kl.beta": 1}]}, "exclude[0]: kl.beta is neither arm, axis nor bundle, known: arm"),
+        ({"exclude": [{"arm": ["ppo", "reinforce"]}]}, "exclude: none of 2 combinations is left; drop an entry"),
+        ({"exclude": [{}]}, "exclude[0]: it is empty; name some of arm"),
+        ({"bundles": {"x": {}}}, "bundles.x={}: "),
+        ({"bundles": {"a b": {"x": {}}}}, "bundles.a b: names of folders are made of it"),
+        ({"bundles": {"s": {"a/b": {}}}}, "bundles.s.a/b: names of folders are made of it"),
+        ({"bundles": {"arm": {"x": {}}}}, "bundles.arm: this name is taken"),
+        ({"bundles": {"s": {"x": {}, "y": {}}}, "arms": {"a": {}}}, "arms a,s=x, a,s=y: equal in every key"),
+        ({"budgets": {"token": 3}}, "budgets.token: unknown key, did you mean budgets.tokens?"),
+        ({"budgets": {"tokens": 3}}, "train.budget.tokens=3: a single step may take 24; raise it"),
+        ({"budgets": {"steps": 3}, "axes": {"train.budget.steps": [1]}}, "the comparison sets it; use budgets:"),
+        ({"tuning": {"pppo": 3}}, "tuning.pppo: no such arm; the arms are reinforce, ppo"),
+        ({"compared": ["kl.placment"]}, "compared: kl.placment: no such key, did you mean kl.placement?"),
+        ({"arms": {"a": {"base": "nowhere.yaml"}}}, "nowhere.yaml: no such configuration file"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_mistakes_in_the_grid_are_one_line_each_before_the_start(refused: Refused, keys: Tree, told: str):
+    said = refused(**keys)
+    assert told in said
+    assert len(said.splitlines()) == 1
+
+
+def rows(run: plan.Run, steps: int, seconds: float, **last: float) -> None:
+    """A metrics.jsonl of so many steps."""
+    run.folder.mkdir(parents=True)
+    lines: list[dict[str, Any]] = [{"step": n, "time/step": seconds} for n in range(1, steps + 1)]
+    lines[-1] |= last
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_cost_is_a_bound_and_time_is_told_by_runs_that_are_there(tree: Tree):
+    made = plan.make(
+        tree | {"seeds": [0, 1], "base": tree["base"] | {"train": {"steps": 10}}, "budgets": {"queries": 50}}
+    )
+    assert cost.bounds(made.runs[0].config) == {"steps": 10, "tokens": 240, "queries": 50}
+    assert cost.seconds(made, []) == {"reinforce": None, "ppo": None}
+    (first,) = [run for run in made.runs if run.config.name == "reinforce,seed=0"]
+    rows(first, 4, 3.0)
+    assert cost.seconds(made, []) == {"reinforce": 3.0 * (6 + 10), "ppo": 3.0 * 20}
+    assert cost.seconds(made, [first]) == {"reinforce": 30.0, "ppo": 60.0}
+    _, told = cost.table(made, [], 2)
+    assert told.startswith("in all at most 40 steps, 960 tokens, 200 label queries; about 54 s with 2 at a time")
+
+
+def test_the_cap_that_ended_a_run_is_read_from_its_last_row(tree: Tree):
+    made = plan.make(tree)
+    rows(made.runs[0], 2, 1.0, **{"budget/ended/tokens": 1.0})
+    ended = {run.config.name: cost.bound(run) for run in made.runs}
+    assert ended == {"reinforce,seed=0": "tokens", "ppo,seed=0": None}
+    assert cost.endings(made, ended) == ["reinforce: 1 of 1 runs ended by the budget of tokens"]
