@@ -12,6 +12,7 @@ from rlkl.rewards.combine import WeightedSum
 from rlkl.rewards.counterfactual import CounterfactualReward
 from rlkl.rewards.function import FunctionReward
 from rlkl.rewards.learned import LearnedReward
+from rlkl.rewards.spread import Spread
 
 REWARDS: dict[str, Any] = {
     "function": FunctionReward,
@@ -27,7 +28,9 @@ def build(configs: Mapping[str, Source]) -> WeightedSum:
     Raises:
         ValueError: a source cannot be used as configured.
     """
-    return WeightedSum({name: (REWARDS[c.type](name, c), c.weight) for name, c in configs.items()})
+    sources = {name: (REWARDS[c.type](name, c), c.weight) for name, c in configs.items()}
+    clips = {n: c.clip for n, c in configs.items() if c.clip is not None and not getattr(sources[n][0], "clips", False)}
+    return WeightedSum(sources, clips, {name: Spread() for name, c in configs.items() if c.whiten})
 
 
 def check(reward: WeightedSum, tokenizer: Any) -> None:
@@ -44,7 +47,7 @@ def check(reward: WeightedSum, tokenizer: Any) -> None:
 def judges(reward: WeightedSum) -> WeightedSum | None:
     """The sources of a reward that can judge new samples, those that read stored spans left out; None without any."""
     able = {name: pair for name, pair in reward.sources.items() if not getattr(pair[0], "stored", False)}
-    return WeightedSum(able) if able else None
+    return WeightedSum(able, reward.clips, reward.spreads) if able else None
 
 
 __all__ = ["REWARDS", "WeightedSum", "build", "check", "judges"]

@@ -35,13 +35,14 @@ class AnnotationReward:
         self._last: tuple[Rollout, list[list[Span]]] | None = None
 
     def __call__(self, rollout: Rollout) -> TokenRewards:
-        """Rewards of a rollout; every completion is one query of the labeller.
+        """Rewards of a rollout; every completion is one query of the labeller, and one label.
 
         Raises:
             RunError: there are no stored spans; the labeller raises, or gives a span that is none or has no weight.
         """
         value_BT, scored_BT = self._add(rollout, whole=False, unmarked=None)
-        return TokenRewards(value_BT, scored_BT, queries=0 if self.labeller is None else len(rollout))
+        asked = 0 if self.labeller is None else len(rollout)
+        return TokenRewards(value_BT, scored_BT, queries=asked, labels=asked)
 
     def annotate(self, rollout: Rollout) -> Rollout:
         """The rollout with the same spans whole, as ``annotation_BT`` and ``annotated_BT``, which look ahead.

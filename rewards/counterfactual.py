@@ -35,7 +35,7 @@ class CounterfactualReward:
     At token t :math:`b_t=\log p(x'_t\mid x,x'_{<t})-c\log p(x'_t\mid x'_{<t})`; at the last policy token
     :math:`+\lambda_y\log p(y'\mid x')+(g-1)\sum_t b_t`, with g = 1 where the auditor's verdict on x′ is another than
     that on x (or there is no auditor), else 0. p is frozen: its parameters never change. An EOS of the policy counts
-    as a token where the scorer has one. Every completion is one query.
+    as a token where the scorer has one. Every completion is one query, and one label where there is an auditor.
     """
 
     def __init__(self, name: str, config: CounterfactualSource) -> None:
@@ -103,7 +103,8 @@ class CounterfactualReward:
         bad = (~value_BT.isfinite().all(-1)).nonzero()
         if len(bad):
             raise RunError(f"{self._at(rollout, int(bad[0]))} got a score that is not finite; every one must be")
-        return TokenRewards(value_BT, rollout.policy_mask_BT, queries=len(rollout))
+        judged = 0 if self.auditor is None else len(rollout)
+        return TokenRewards(value_BT, rollout.policy_mask_BT, queries=len(rollout), labels=judged)
 
     @torch.no_grad()
     def probe(self, rollout: Rollout) -> None:

@@ -59,7 +59,8 @@ class FunctionReward:
         """
         if self.level == "sequence":
             return self._sequence(rollout)
-        return TokenRewards(self._token(rollout), rollout.policy_mask_BT, queries=len(rollout))
+        judged = len(rollout)
+        return TokenRewards(self._token(rollout), rollout.policy_mask_BT, queries=judged, labels=judged)
 
     def probe(self, rollout: Rollout) -> None:
         """Check once, on any rollout, that a token-level function is causal; its calls are no queries.
@@ -105,7 +106,7 @@ class FunctionReward:
                 )
         dtype = torch.float64 if rollout.behaviour_logp_BT is None else rollout.behaviour_logp_BT.dtype
         score_B = torch.tensor([float(s) for s in scores], dtype=dtype, device=rollout.tokens_BT.device)
-        return pay_at_end(score_B, rollout)
+        return replace(pay_at_end(score_B, rollout), labels=len(rollout))
 
     def _raised(self, error: BaseException, call: Callable[[list[int]], Any], rollout: Rollout) -> str:
         """Which sample it was: the first one on which the function raises alone."""

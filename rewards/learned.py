@@ -22,6 +22,8 @@ class LearnedReward:
     dtype; every process scores its own samples.
     """
 
+    clips = True  # by itself: missing_eos_penalty is taken off the clipped score
+
     def __init__(self, name: str, config: LearnedSource) -> None:
         self.name = name
         self.config = config

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def save(lane: Lane, folder: Path, keep: int, main: bool = True) -> None:
         for name, x in values.items()
     )
     lane.saved = lane.step
+    rewards = lane.reward.state_dict()
     if not main:
         return
     parent = folder / "checkpoints"
@@ -58,7 +60,8 @@ def save(lane: Lane, folder: Path, keep: int, main: bool = True) -> None:
     new.mkdir(parents=True)
     save_file(trained, new / "policy.safetensors")
     save_file(moments, new / "optimiser.safetensors")
-    state = {**lane.state(), "moments": len(moments), "records": fingerprint(lane)}
+    save_rewards(rewards, new)
+    state = {**lane.state(), "moments": len(moments), "rewards": [*rewards], "records": fingerprint(lane)}
     (new / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     for path in new.iterdir():
         with open(path, "rb") as file:
@@ -68,6 +71,33 @@ def save(lane: Lane, folder: Path, keep: int, main: bool = True) -> None:
     new.rename(target)
     for old in steps(folder)[:-keep]:
         shutil.rmtree(parent / f"step_{old}")
+
+
+def save_rewards(state: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """Write what sources of rewards have learned, tensors as ``rewards.safetensors``, the rest as ``rewards.json``."""
+    if not state:
+        return
+    folder.mkdir(exist_ok=True)
+    pairs = [(name, key, value) for name, held in state.items() for key, value in held.items()]
+    tensors = {f"{name}/{key}": x.cpu().contiguous() for name, key, x in pairs if isinstance(x, torch.Tensor)}
+    others = {name: {k: x for k, x in held.items() if not isinstance(x, torch.Tensor)} for name, held in state.items()}
+    save_file(tensors, folder / "rewards.safetensors")
+    (folder / "rewards.json").write_text(json.dumps(others) + "\n", encoding="utf-8")
+
+
+def load_rewards(folder: Path) -> dict[str, dict[str, Any]]:
+    """What :func:`save_rewards` wrote; nothing where it wrote nothing.
+
+    Raises:
+        OSError, SafetensorError, ValueError: the files cannot be read.
+    """
+    if not (folder / "rewards.json").is_file():
+        return {}
+    state: dict[str, dict[str, Any]] = json.loads((folder / "rewards.json").read_text(encoding="utf-8"))
+    for key, x in load_file(folder / "rewards.safetensors").items():
+        name, _, own = key.partition("/")
+        state[name][own] = x
+    return state
 
 
 def fingerprint(lane: Lane) -> str:
@@ -94,7 +124,8 @@ def load(lane: Lane, folder: Path, step: int) -> None:
     try:
         trained, moments = load_file(path / "policy.safetensors"), load_file(path / "optimiser.safetensors")
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if state["moments"] != len(moments) or set(STATE) - set(state):
+        rewards = load_rewards(path)
+        if state["moments"] != len(moments) or set(STATE) - set(state) or state["rewards"] != [*rewards]:
             raise ValueError("its files do not belong together")
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); remove it to resume from the one before") from None
@@ -114,6 +145,7 @@ def load(lane: Lane, folder: Path, step: int) -> None:
         index, _, name = key.partition(".")
         states.setdefault(int(index), {})[name] = x
     lane.optimiser.load_state_dict({**lane.optimiser.state_dict(), "state": states})
+    lane.reward.load_state_dict(rewards)
     lane.restore(state)
     artefacts.load_reference(lane.policy, lane.config, folder / "reference")
 

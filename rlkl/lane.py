@@ -21,7 +21,7 @@ from rlkl.sampling import ALTERNATIVES, EVALUATE, MINIBATCHES, TRAIN, Prompts, p
 from rlkl.trainers import TRAINERS
 from rlkl.types import Need, Rollout, Trainer
 
-STATE = ("step", "beta", "ema", "generated", "queries", "seconds")
+STATE = ("step", "beta", "ema", "generated", "queries", "labels", "seconds")
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Lane:
     ema: float | None = None
     generated: int = 0
     queries: int = 0
+    labels: int = 0
     seconds: float = 0.0
     step: int = 0
     saved: int = 0
@@ -73,7 +74,7 @@ class Lane:
                 self.held_pairs = held
 
     def state(self) -> dict[str, Any]:
-        """What changes from step to step beside weights and optimiser: plain numbers. ``step`` is the last one done."""
+        """What changes from step to step beside weights, optimiser and rewards: plain numbers."""
         return {name: getattr(self, name) for name in STATE}
 
     def restore(self, state: dict[str, Any]) -> None:

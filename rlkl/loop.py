@@ -28,8 +28,9 @@ from rlkl import (
     tracking,
 )
 from rlkl.evaluate import Evaluation, evaluate, join, outputs
-from rlkl.lane import Lane, collect
+from rlkl.lane import Lane, collect, draw
 from rlkl.reduce import finish, global_sum, masked_mean, masked_std
+from rlkl.sampling import PREPARE
 from rlkl.types import Batch, End, PolicyOutput, Rollout, TokenRewards
 from rlkl.update import NotFinite, update
 
@@ -55,6 +56,8 @@ def run(
                 advance(lane, tracker, step, accelerator)
     for lane, tracker in both:
         tracker.say(*(terminal.show(tracker.folder) if tracker.main else ()))
+        if tracker.main:
+            checkpoint.save_rewards(lane.reward.state_dict(), tracker.folder / "rewards")
         artefacts.save_final(lane.policy, lane.tokenizer, tracker.folder / "final", tracker.main)
         if tracker.main:
             tracker.say(f"figure: {plots.curves(tracker.folder)}", f"model:  {tracker.folder / 'final'}")
@@ -83,11 +86,26 @@ def begin(lane: Lane, tracker: tracking.Tracker) -> None:
         return
     kept = tracker.folder / "reference"
     artefacts.save_reference(lane.policy, lane.config, lane.tokenizer, kept, tracker.main)
-    before = assess(lane, tracker, 0)
+    before = assess(lane, tracker, 0, prepare(lane))
     if lane.marked is not None and lane.stored is None:
         moved.keep(lane.marked, tracker.folder, tracker.main)
     tracker.say(*terminal.guidance(lane.config, before))
     check_start(lane, before)
+
+
+def prepare(lane: Lane) -> dict[str, float]:
+    """Let the sources that learn do so from samples of the untrained policy; what they asked for, if any did."""
+
+    def samples(k: int) -> Rollout:
+        asked = lane.train_prompts.batch(k + 1, lane.config.rollout.prompts)
+        return draw(lane, asked.part(lane.rank, lane.ranks), k, PREPARE)
+
+    try:
+        learned = lane.reward.prepare(samples)
+    except RunError as error:
+        raise RunError(f"before the first step: {error}") from error
+    asked = count(lane, learned, 0, 0, 0)
+    return {**asked, **learned} if learned else {}
 
 
 def advance(lane: Lane, tracker: tracking.Tracker, step: int, accelerator: Accelerator) -> None:
@@ -115,7 +133,7 @@ def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, flo
     rollout = collect(lane, step)
     clock.lap("sample")
     try:
-        rewards = lane.reward(rollout)
+        rewards = lane.reward(rollout, training=True)
     except RunError as error:
         raise RunError(f"step {step}: {error}") from error
     if config.trainer.type == "dpo" and rollout.pair_B is None:
@@ -130,18 +148,25 @@ def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, flo
         folder = recording.inspect(rollout, batch, tracking.run_folder(config), step, lane.rank)
         raise RunError(f"{error}; its samples and what the loss read are in {folder}") from error
     clock.lap("update")
-    counts = torch.tensor([float(rollout.length_B.sum()), float(rewards.queries)], dtype=torch.float64)
-    generated, queries = global_sum(counts.to(rollout.tokens_BT.device)).tolist()
+    try:
+        learned = lane.reward.learn(rollout, step)
+    except RunError as error:
+        raise RunError(f"step {step}: {error}") from error
+    clock.lap("learn")
+    sums = [float(rollout.length_B.sum()), float(rewards.queries), float(rewards.labels)]
+    counts = torch.tensor(sums, dtype=torch.float64)
+    generated, queries, labels = global_sum(counts.to(rollout.tokens_BT.device)).tolist()
     lane.generated += 0 if config.offline else int(generated)
-    lane.queries += int(queries)
+    asked = count(lane, learned, queries, labels, step)
     lane.seconds += budget.together(clock.metrics()["time/step"], lane.device)
-    used = 0 if lane.stored is None else lane.stored.used(step, config.rollout.prompts)
     values = {
         **finish(metrics),
         **step_metrics(rollout, rewards, batch, scored),
         "kl/beta": lane.beta,
         "tokens/generated": float(lane.generated),
-        "reward/queries": float(lane.queries + used),
+        **{f"reward/std/{name}": spread.std for name, spread in lane.reward.spreads.items()},
+        **learned,
+        **asked,
         **clock.metrics(),
     }
     if not config.offline:  # on tokens of others log-ratios estimate no KL
@@ -151,6 +176,14 @@ def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, flo
     if config.kl.target is not None:
         lane.beta = kl.adapt(lane.beta, values["kl/penalty"], config.kl.target)
     return values
+
+
+def count(lane: Lane, learned: dict[str, float], queries: float, labels: float, step: int) -> dict[str, float]:
+    """Add what was asked for, also by sources that learned, whose counts are taken out; the counts so far."""
+    lane.queries += int(queries + learned.pop("queries"))
+    lane.labels += int(labels + learned.pop("labels"))
+    used = 0 if lane.stored is None else lane.stored.used(step, lane.config.rollout.prompts)
+    return {"reward/queries": float(lane.queries + used), "reward/labels": float(lane.labels + used)}
 
 
 def assign(lane: Lane, rollout: Rollout, rewards: TokenRewards, scored: PolicyOutput) -> Batch:
@@ -201,6 +234,10 @@ def step_metrics(rollout: Rollout, rewards: TokenRewards, batch: Batch, scored: 
         spread = masked_std(batch.return_BT, mask_BT)
         values["credit/explained_variance"] = 1 - (residual / spread.clamp(min=1e-8)) ** 2
     values |= {f"reward/train/{name}": masked_mean(x.sum(-1), everyone) for name, x in rewards.shares.items()}
+    sizes = {name: global_sum((factor * rewards.shares[name]).abs().sum()) for name, factor in rewards.factors.items()}
+    if len(sizes := {name: size for name, size in sizes.items() if rewards.factors[name]}) > 1:
+        whole = torch.stack([*sizes.values()]).sum().clamp(min=1e-12)
+        values |= {f"reward/share/{name}": size / whole for name, size in sizes.items()}
     return {name: float(x) for name, x in values.items()}
 
 

@@ -6,7 +6,11 @@
 import re
 from collections.abc import Iterator
 
-PLACES = {"<source>": r"(?!total$|queries$)[\w.-]+?(?<!_stderr)", "<label>": r".+?(?<!_stderr)", "<bound>": r"\w+"}
+PLACES = {
+    "<source>": r"(?!total$|queries$|labels$)[\w.-]+?(?<!_stderr)",
+    "<label>": r".+?(?<!_stderr)",
+    "<bound>": r"\w+",
+}
 """Variable parts of a key, and what may stand there: a source is a name under ``rewards:``, a label one of spans, a
 bound one of ``train.budget``."""
 
@@ -15,16 +19,35 @@ METRICS: dict[str, tuple[str, str]] = {
         "reward a sequence",
         "weighted sum of all sources, mean over the batch, without the KL penalty",
     ),
-    "reward/train/<source>": ("reward a sequence", "what one source adds to the total, its weight included"),
+    "reward/train/<source>": (
+        "reward a sequence",
+        "what one source gave, clipped, before whitening and weight; mean over the batch",
+    ),
+    "reward/share/<source>": (
+        "share",
+        "of |weighted reward|, summed over the batch's tokens and over the sources: the part of one source; where two "
+        "or more weigh more than 0",
+    ),
+    "reward/std/<source>": (
+        "reward a sequence",
+        "running standard deviation of what one source gave, over all training samples so far, by which it is divided; "
+        "with whiten",
+    ),
     "reward/eval/<source>": (
         "reward a sequence",
-        "the same on the held-out prompts; mean over prompts, at temperature 1",
+        "what one source gave on the held-out prompts, clipped, before whitening and weight; mean over prompts, at "
+        "temperature 1",
     ),
     "reward/eval/<source>_stderr": ("reward a sequence", "its standard error over prompts; null for a single prompt"),
     "reward/queries": (
         "calls",
         "scores asked so far in training, of all sources that weigh more than 0; a stored completion counts once, when "
         "it is first learned from: its labels were paid for once, however often it is seen",
+    ),
+    "reward/labels": (
+        "labels",
+        "judgements asked so far in training that a person gave or that stand for one, of all sources that weigh more "
+        "than 0: docs/objectives.md says which; stored completions as in reward/queries",
     ),
     "reward/eval/queries": ("calls", "scores asked in this evaluation, of all sources that weigh more than 0"),
     "annotated/logp/<label>": (
@@ -110,6 +133,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "time/reward": ("seconds", "scoring by the sources, a step"),
     "time/score": ("seconds", "log-probs of policy and reference on the samples, and credit, a step"),
     "time/update": ("seconds", "forward, backward and optimiser, a step"),
+    "time/learn": ("seconds", "training of the sources that learn, a step"),
     "time/step": ("seconds", "the whole step, without evaluation"),
     "time/evaluate": ("seconds", "an evaluation"),
 }

@@ -57,19 +57,19 @@ def frontier(
 ) -> Path:
     """Gold against KL on a square-root axis, and against labels asked for: a line a run, a colour an arm.
 
-    A run is its evaluations, each with ``kl``, ``gold`` and ``queries``. Without queries there is one panel.
+    A run is its evaluations, each with ``kl``, ``gold`` and ``labels``. Without labels there is one panel.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    asked = any(point["queries"] for runs in arms.values() for run in runs for point in run)
+    asked = any(point["labels"] for runs in arms.values() for run in runs for point in run)
     figure, axes = plt.subplots(
         1, 2 if asked else 1, figsize=(11 if asked else 8, 5), layout="constrained", sharey=True
     )
     left, *right = axes if asked else [axes]
-    for axis, key in zip((left, *right), ("kl", "queries"), strict=False):
+    for axis, key in zip((left, *right), ("kl", "labels"), strict=False):
         _runs(axis, arms, key)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
@@ -84,7 +84,7 @@ def frontier(
     left.set(xlabel="KL to the reference, nats a sequence (square-root scale)", ylabel=f"{gold} (held out)")
     left.legend(frameon=False, fontsize=9)
     for axis in right:
-        axis.set(xlabel="label queries of training", xlim=(0, None))
+        axis.set(xlabel="labels asked for in training", xlim=(0, None))
     figure.suptitle("A line a run, a point an evaluation; the large one is the last", fontsize=10)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlkl import artefacts, models, moved, pairs, rewards, settings
+from rlkl import artefacts, checkpoint, models, moved, pairs, rewards, settings
 from rlkl.config import Config, TableData
 from rlkl.data import stored
 from rlkl.data.prompts import PromptSet, records
@@ -45,6 +45,7 @@ def evaluate_run(run: str | Path, prompts: int | None, samples: int | None, seed
     eos_ids, reward = models.eos_ids(policy.model, tokenizer), rewards.build(config.rewards)
     rewards.check(reward, tokenizer)
     reward.bind(policy)
+    reward.load_state_dict(checkpoint.load_rewards(Path(run) / "rewards"))
     reward.at(config.train.steps)
     asked = stored.asked(held) if config.offline else held
     values = evaluate(

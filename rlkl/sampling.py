@@ -19,7 +19,7 @@ from rlkl.rows import inverse_cdf
 from rlkl.stopping import StopStrings
 from rlkl.types import End, Rollout
 
-TRAIN, EVALUATE, ALTERNATIVES, SPLIT, ORDER, MINIBATCHES = 0, 1, 2, 100, 101, 1000  # streams of randomness
+TRAIN, EVALUATE, ALTERNATIVES, PREPARE, SPLIT, ORDER, MINIBATCHES = 0, 1, 2, 3, 100, 101, 1000  # streams of randomness
 
 
 def uniforms(seed: int, stream: int, step: int, sample_id_B: Tensor, length: int) -> Tensor:

@@ -121,13 +121,17 @@ class TokenRewards(_Rows):
     """Causal rewards: ``value_BT[t]`` is a function of the prompt and of tokens up to and including t.
 
     ``scored_BT`` marks positions at which the source gives a reward, zero or not. ``shares`` is what each
-    source gave, before its weight; ``queries`` counts the labels or scores that were asked for.
+    source gave, clipped, and ``factors`` by what each was multiplied in the sum: its weight, over its running standard
+    deviation where it is whitened. ``queries`` counts the scores that were asked for, ``labels`` those among them that
+    were a person's judgement or stood for one.
     """
 
     value_BT: Tensor
     scored_BT: Tensor
     shares: dict[str, Tensor] = field(default_factory=dict)
+    factors: dict[str, float] = field(default_factory=dict)
     queries: int = 0
+    labels: int = 0
 
 
 Need = Literal["logp", "ref_logp", "entropy", "kl", "kl_forward", "value", "alt_logp"]

@@ -225,7 +225,7 @@ def test_the_table_and_the_summary_are_means_over_the_runs(trio):
             ("gold", "reward/eval/letters", -1),
             ("kl", "kl/sequence", -1),
             ("tokens", "tokens/generated", -1),
-            ("queries", "reward/queries", -1),
+            ("labels", "reward/labels", -1),
             ("policy/eval/length", "policy/eval/length", -1),
         ):
             values = [run[row][key] for run in runs]
@@ -246,9 +246,9 @@ def test_the_table_and_the_summary_are_means_over_the_runs(trio):
 def test_the_summary_holds_every_evaluation(trio):
     run = trio.summary["runs"]["ppo,seed=1"]
     rows = metrics(trio.folder / "ppo,seed=1")
-    keys = {"step": "step", "kl": "kl/sequence", "gold": "reward/eval/letters", "queries": "reward/queries"}
+    keys = {"step": "step", "kl": "kl/sequence", "gold": "reward/eval/letters", "labels": "reward/labels"}
     assert run["evaluations"] == [{name: row.get(key, 0) for name, key in keys.items()} for row in rows]
-    assert [point["queries"] for point in run["evaluations"]] == [0, 8, 16]  # two sources
+    assert [point["labels"] for point in run["evaluations"]] == [0, 8, 16]  # two sources
     assert (run["arm"], run["seed"], run["error"]) == ("ppo", 1, None)
 
 

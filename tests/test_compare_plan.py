@@ -313,7 +313,7 @@ def test_the_frontier_has_a_line_a_run_a_colour_an_arm_and_a_root_axis(tmp_path,
     monkeypatch.setattr(plt, "close", kept.append)
     plain = {"one": [[(0.0, 0.5), (1.0, 0.8)], [(0.0, 0.4), (4.0, 0.9)]], "two": [[(0.0, 0.5), (2.0, 0.7)]]}
     arms = {
-        arm: [[{"kl": kl, "gold": gold, "queries": 10 * kl} for kl, gold in run] for run in runs]
+        arm: [[{"kl": kl, "gold": gold, "labels": 10 * kl} for kl, gold in run] for run in runs]
         for arm, runs in plain.items()
     }
     path = plots.frontier(tmp_path / "f.png", arms, "gold", match_kl=1.0)
@@ -331,8 +331,8 @@ def test_the_frontier_has_a_line_a_run_a_colour_an_arm_and_a_root_axis(tmp_path,
     assert "nats" in axis.get_xlabel()
     labels = [line for line in figure.axes[1].lines if len(line.get_xdata()) == 2]
     assert [list(line.get_xdata()) for line in labels] == [[0, 10], [0, 40], [0, 20]]
-    assert "label queries" in figure.axes[1].get_xlabel()
-    free = {arm: [[{**point, "queries": 0.0} for point in run] for run in runs] for arm, runs in arms.items()}
+    assert "labels asked for" in figure.axes[1].get_xlabel()
+    free = {arm: [[{**point, "labels": 0.0} for point in run] for run in runs] for arm, runs in arms.items()}
     plots.frontier(tmp_path / "f.png", free, "gold")
     assert len(kept[1].axes) == 1
 

@@ -827,7 +827,19 @@ def test_a_reward_model_judges_in_pieces_with_or_without_eos(run, tiny_reward_mo
     assert metrics(whole)[0]["reward/eval/rm"] != metrics(bare)[0]["reward/eval/rm"]
 
 
-@shows("rewards.learned.level", "rewards.learned.clip", "rewards.learned.missing_eos_penalty")
+@shows("rewards.clip", "rewards.whiten")
+def test_a_source_is_clipped_and_divided_by_its_spread(run):
+    plain = run({"train.steps": 1})
+    low = series(run({"train.steps": 1, "rewards.varied.clip": 0.1}), "reward/train/total")[0]
+    assert 0 < low <= 0.1 < series(plain, "reward/train/total")[0]
+    whitened = run({"train.steps": 1, "rewards.varied.whiten": True})
+    (std,) = series(whitened, "reward/std/varied")
+    assert std != 1 and series(whitened, "reward/train/total")[0] == pytest.approx(
+        series(plain, "reward/train/total")[0] / std, rel=1e-5
+    )
+
+
+@shows("rewards.learned.level", "rewards.learned.missing_eos_penalty")
 def test_a_reward_model_scores_tokens_is_clipped_and_minds_the_end(run, tiny_model, tiny_reward_model, tmp_path):
     from test_learned_reward import token_model
 

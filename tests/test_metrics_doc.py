@@ -39,6 +39,12 @@ RUNS: dict[str, Tree] = {
         "rewards": {},
         "rollout": {"prompts": 2, "max_new_tokens": 6},
     },
+    "two sources, one whitened": {
+        "rewards": {
+            "parity": {"type": "function", "path": "test_metrics_doc:parity", "level": "token"},
+            "varied": {"type": "function", "path": "conftest:varied", "whiten": True},
+        },
+    },
     "beta 0": {"kl": {"beta": 0}},
     "budget": {"train": {"steps": 3, "budget": {"steps": 1}}},
     "adaptive beta": {"kl": {"target": 1.0}},
@@ -75,7 +81,7 @@ def test_every_key_has_a_unit_and_a_meaning():
     assert all(unit and meaning and not meaning.endswith(".") for unit, meaning in metrics.METRICS.values())
 
 
-@pytest.mark.parametrize("name", ["total", "queries", "gold_stderr", "go/ld"])
+@pytest.mark.parametrize("name", ["total", "queries", "labels", "gold_stderr", "go/ld"])
 def test_a_source_cannot_take_the_name_of_a_metric(name, tiny_config):
     source = tiny_config["rewards"]["varied"]
     with pytest.raises(ValueError, match=f"rewards.{name}: "):

@@ -87,7 +87,7 @@ def test_every_step_has_a_row_with_its_metrics(run):
 
 def test_times_are_seconds_of_the_stages(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    stages = ("sample", "reward", "score", "update")
+    stages = ("sample", "reward", "score", "update", "learn")
     for row in rows[1:]:
         assert sum(row[f"time/{stage}"] for stage in stages) == pytest.approx(row["time/step"], rel=1e-6)
     assert rows[0]["time/evaluate"] > 0

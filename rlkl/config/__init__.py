@@ -42,6 +42,7 @@ from rlkl.config.objective import (
 )
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+RESERVED = ("total", "queries", "labels")  # metrics beside those of the sources
 
 
 class RolloutConfig(Section):
@@ -150,7 +151,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name in self.rewards:
-            if not re.fullmatch(r"[\w.-]+", name) or name in ("total", "queries") or name.endswith("_stderr"):
+            if not re.fullmatch(r"[\w.-]+", name) or name in RESERVED or name.endswith("_stderr"):
                 raise ValueError(f"rewards.{name}: the metrics need this name, or it has odd characters; take another")
         if not self.rewards and not isinstance(self.data, PairsData):
             raise ValueError("rewards={}: name at least 1 source; only data.type=pairs needs none")

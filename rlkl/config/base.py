@@ -28,3 +28,11 @@ class RewardSource(Section):
     """What every source of rewards can be asked for."""
 
     weight: float = Field(1.0, description="in the sum of the sources; 0 = only watched")
+    clip: float | None = Field(
+        None, gt=0, description="rewards of a token beyond +-clip count as that, before whiten; null = as they are"
+    )
+    whiten: bool = Field(
+        False,
+        description="divide by the running standard deviation, over all training samples so far, of what the source "
+        "gives a completion in sum; nothing is subtracted (credit.whiten_rewards divides the total, by the batch's)",
+    )

@@ -98,7 +98,6 @@ class LearnedSource(RewardSource):
         description="sequence: a sequence-classification model, read and paid at the last policy token; token: a "
         "causal token-classification model, whose score of a token is paid there, at every policy token",
     )
-    clip: float | None = Field(None, gt=0, description="scores beyond +-clip count as that; null = as they are")
     missing_eos_penalty: float = Field(
         0.0,
         ge=0,

@@ -11,7 +11,7 @@ from rich.table import Table
 from rlkl.grid.plan import Plan
 from rlkl.tracking import read_rows
 
-COUNTS = {"tokens": "tokens/generated", "queries": "reward/queries"}
+COUNTS = {"tokens": "tokens/generated", "labels": "reward/labels"}
 """What a run has used up so far: nothing at step 0."""
 
 
@@ -48,7 +48,7 @@ def read(folder: Path, arm: str, seed: int, gold: str, match_kl: float | None, c
             if row[name] is None:
                 return Result(arm, seed, str(folder), f"diverged: {name} is not finite at step {row['step']}")
     frontier = [
-        {"step": r["step"], "kl": r["kl/sequence"], "gold": r[key], "queries": r.get(COUNTS["queries"], 0.0)}
+        {"step": r["step"], "kl": r["kl/sequence"], "gold": r[key], "labels": r.get(COUNTS["labels"], 0.0)}
         for r in evaluated
     ]
     place = crossing([r["kl/sequence"] for r in evaluated], match_kl) if match_kl else (len(evaluated) - 1, 1.0)
@@ -121,10 +121,10 @@ def table(plan: Plan, summary: Mapping[str, Any]) -> Table:
     end = f"at {match:g} nats" if match else "at the end"
     out = Table(title=f"{plan.config.name}: {plan.gold} {end}, mean over seeds (least–most)", title_justify="left")
     heads = ["arm", "runs", f"{plan.gold} before", f"{plan.gold} after" if not match else f"{plan.gold} {end}"]
-    heads += ["kl/sequence" if not match else "kl/sequence at the end", "tokens", "label queries", "seconds"]
+    heads += ["kl/sequence" if not match else "kl/sequence at the end", "tokens", "labels", "seconds"]
     for head in [*heads, *plan.config.columns]:
         out.add_column(head, justify="left" if head == "arm" else "right", overflow="fold")
-    names = ["gold_before", "gold", "kl_end", "tokens", "queries", "seconds", *plan.config.columns]
+    names = ["gold_before", "gold", "kl_end", "tokens", "labels", "seconds", *plan.config.columns]
     for arm, row in summary["arms"].items():
         runs = f"{row['finished']}/{row['runs']}"
         if row["counted"] < row["finished"]:
@@ -152,7 +152,7 @@ def _cell(name: str, spread: Mapping[str, float] | None) -> str:
     if spread is None:
         return "–"
     mean, low, high = (spread[k] for k in ("mean", "min", "max"))
-    if name in ("tokens", "queries", "seconds"):
+    if name in ("tokens", "labels", "seconds"):
         return f"{mean:,.0f}"
     if name == "gold_before":
         return f"{mean:.3f}"
