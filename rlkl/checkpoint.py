@@ -151,8 +151,8 @@ def load(lane: Lane, folder: Path, step: int) -> None:
 
 
 def cut(folder: Path, step: int) -> None:
-    """Cut metrics.jsonl and samples.jsonl back to a step; what came after will be written again, the same."""
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    """Cut what a run writes as it goes back to a step; what came after will be written again, the same."""
+    for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
         if (folder / name).is_file():
             try:
                 kept = [row for row in read_rows(folder / name) if row["step"] <= step]

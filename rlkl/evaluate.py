@@ -3,6 +3,8 @@
 The randomness is the same at every evaluation, so that two evaluations differ by their policies alone.
 """
 
+import hashlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from rlkl import sharding
 from rlkl.policy import Policy
 from rlkl.reduce import global_sum
 from rlkl.sampling import EVALUATE, Prompts, sample
+from rlkl.statistics import diversity
 from rlkl.types import End, Need, PolicyOutput, Rollout, TokenRewards
 
 
@@ -76,12 +79,45 @@ def evaluate(
         "policy/eval/entropy": entropy / tokens,
         "policy/eval/length": tokens / sequences,
         "policy/eval/terminated": terminated / sequences,
-        "policy/eval/distinct_2": distinct(gather_object(rollout.completion_ids()), 2),
         "reward/eval/queries": queries,
+        **_diversity(gather_object(rollout.completion_ids())),
     }
     for name, share_BT in rewards.shares.items():
         metrics |= _mean(f"reward/eval/{name}", share_BT.sum(-1), rollout)
     return Evaluation(metrics, rollout, rewards, kl_BT, logp_BT, ref_logp_BT)
+
+
+def by_prompt(result: Evaluation) -> dict[str, Any]:
+    """An evaluation prompt by prompt, and its KL token by token: a row of evaluations.jsonl, of all processes.
+
+    ``prompts`` are fingerprints of their texts, by which the runs of a comparison are paired; ``kl`` (nats a sequence)
+    and ``reward/<source>`` are means over a prompt's samples. ``kl_position[t]`` is the mean exact KL of token t over
+    the ``reached[t]`` samples that have one.
+    """
+    rollout = result.rollout
+    order, group_B, count = torch.unique(rollout.group_B, return_inverse=True, return_counts=True)
+    sums = {"kl": result.kl_BT, **{f"reward/{name}": share_BT for name, share_BT in result.rewards.shares.items()}}
+    first = [rollout.group_B.tolist().index(g) for g in order.tolist()]
+    mine = {
+        "prompts": [hashlib.sha256(rollout.columns["prompt"][i].encode()).hexdigest()[:12] for i in first],
+        **{
+            name: (x_BT.new_zeros(len(count)).index_add(0, group_B, x_BT.sum(-1)) / count).tolist()
+            for name, x_BT in sums.items()
+        },
+    }
+    parts = gather_object([(mine, result.kl_BT.double().sum(0).tolist(), rollout.policy_mask_BT.sum(0).tolist())])
+    kls, reached = ([sum(x) for x in itertools.zip_longest(*(p[k] for p in parts), fillvalue=0)] for k in (1, 2))
+    return {
+        **{name: [x for part, *_ in parts for x in part[name]] for name in mine},
+        "kl_position": [kl / n for kl, n in zip(kls, reached, strict=True) if n],
+        "reached": [n for n in reached if n],
+    }
+
+
+def _diversity(completions: list[list[int]]) -> dict[str, float]:
+    """How much the completions of an evaluation differ from each other."""
+    shares = {f"policy/eval/distinct_{n}": diversity.distinct(completions, n) for n in (1, 2, 3)}
+    return {**shares, "policy/eval/self_bleu": diversity.self_bleu(completions)}
 
 
 def _mean(name: str, x_B: Tensor, rollout: Rollout) -> dict[str, float]:
@@ -94,12 +130,6 @@ def _mean(name: str, x_B: Tensor, rollout: Rollout) -> dict[str, float]:
     mean = total / prompts
     spread = max(square / prompts - mean**2, 0.0)
     return {name: mean, f"{name}_stderr": math.sqrt(spread / (prompts - 1)) if prompts > 1 else math.nan}
-
-
-def distinct(completions: list[list[int]], n: int) -> float:
-    """Distinct n-grams of tokens over all n-grams (Li et al. 2016), between 0 and 1."""
-    grams = [tuple(ids[i : i + n]) for ids in completions for i in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def chunks(total: int, size: int) -> list[Tensor]:

@@ -27,7 +27,7 @@ from rlkl import (
     terminal,
     tracking,
 )
-from rlkl.evaluate import Evaluation, evaluate, join, outputs
+from rlkl.evaluate import Evaluation, by_prompt, evaluate, join, outputs
 from rlkl.lane import Lane, collect, draw
 from rlkl.reduce import finish, global_sum, masked_mean, masked_std
 from rlkl.sampling import PREPARE
@@ -269,6 +269,7 @@ def assess(lane: Lane, tracker: tracking.Tracker, step: int, metrics: Mapping[st
         result = replace(result, metrics=result.metrics | preferred)
     took = {"time/evaluate": time.perf_counter() - started}
     tracker.metrics(step, {**(metrics or {}), **result.metrics, **took})
+    tracker.evaluation(step, by_prompt(result))
     first = list(samples.rows(result, config.log.samples, samples.advantages(result, config, lane.beta)))
     rows = gather_object(first)[: config.log.samples]  # the same ones whatever the processes
     tracker.samples(step, rows)

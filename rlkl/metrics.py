@@ -101,7 +101,14 @@ METRICS: dict[str, tuple[str, str]] = {
     "policy/eval/entropy": ("nats a token", "exact entropy of the policy on its held-out samples, mean over tokens"),
     "policy/eval/length": ("tokens", "length of a held-out sample, mean"),
     "policy/eval/terminated": ("share", "held-out samples that ended by EOS or a stop"),
-    "policy/eval/distinct_2": ("share", "distinct among all token bigrams of the held-out samples (Li et al. 2016)"),
+    "policy/eval/distinct_1": ("share", "distinct among all tokens of the held-out samples (Li et al. 2016)"),
+    "policy/eval/distinct_2": ("share", "distinct among all their token bigrams"),
+    "policy/eval/distinct_3": ("share", "distinct among all their token trigrams"),
+    "policy/eval/self_bleu": (
+        "share",
+        "BLEU-4 in tokens of every held-out sample against all others (Zhu et al. 2018), counts summed over samples; "
+        "1 = all are equal",
+    ),
     "loss/policy": (
         "reward a sequence",
         "minus advantage times log-prob, summed over tokens: a surrogate, not minus J",

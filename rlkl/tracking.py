@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, metrics.jsonl and samples.jsonl (the source of truth), and its lines."""
+"""What a run leaves behind: its folder, metrics.jsonl, evaluations.jsonl and samples.jsonl (the source of truth)."""
 
 import contextlib
 import fcntl
@@ -159,7 +159,7 @@ class Tracker:
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One row; a value that is not finite is written as null."""
-        clean = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
+        clean = {k: _finite(v) for k, v in values.items()}
         self._append("metrics.jsonl", {"step": step, **clean})
         if self.dashboards:
             self.dashboards.metrics(step, clean)
@@ -171,10 +171,18 @@ class Tracker:
         if self.dashboards:
             self.dashboards.samples(step, rows)
 
+    def evaluation(self, step: int, row: Mapping[str, Any]) -> None:
+        """An evaluation prompt by prompt; a value that is not finite is written as null."""
+        self._append("evaluations.jsonl", {"step": step, **{k: [_finite(x) for x in v] for k, v in row.items()}})
+
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         if self.main:
             with open(self.folder / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    return value if not isinstance(value, float) or math.isfinite(value) else None
 
 
 class Stopwatch:

@@ -69,10 +69,11 @@ def run(tiny_config: Tree) -> Tree:
 
 
 def outcome(run: Path) -> tuple[list[Tree], str, dict[str, bytes]]:
-    """What a run came to, bit for bit: its metrics, its samples and its weights."""
+    """What a run came to, bit for bit: its metrics, its samples, its evaluations and its weights."""
     weights = {path.name: path.read_bytes() for path in (run / "final").glob("*.safetensors")}
     assert weights
-    return metrics(run), (run / "samples.jsonl").read_text(), weights
+    written = "".join((run / name).read_text() for name in ("samples.jsonl", "evaluations.jsonl"))
+    return metrics(run), written, weights
 
 
 def interrupted(config: Tree, overrides: list[str], calls: int) -> None:

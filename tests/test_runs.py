@@ -20,7 +20,8 @@ from rlkl.cli import main
 from rlkl.config import GRADIENT
 
 EVALUATED = {"kl/sequence", "kl/sequence_stderr", "kl/token", "reward/eval/varied", "reward/eval/varied_stderr"}
-EVALUATED |= {f"policy/eval/{name}" for name in ("entropy", "length", "terminated", "distinct_2")}
+DIVERSITY = ("entropy", "distinct_1", "distinct_2", "distinct_3", "self_bleu")
+EVALUATED |= {f"policy/eval/{name}" for name in ("length", "terminated", *DIVERSITY)}
 TRAINED = {"kl/penalty", "kl/beta", "reward/train/total", "reward/train/varied", "reward/queries", "tokens/generated"}
 TRAINED |= {"loss/policy", "credit/advantage_std", "credit/return"}
 TRAINED |= {f"policy/{name}" for name in ("grad_norm", "learning_rate", "length", "terminated", "sampling_gap")}
@@ -52,7 +53,8 @@ def run(tiny_config: Tree) -> Path:
 
 
 def test_a_run_leaves_its_files(run, tiny_config):
-    names = {"config.yaml", "env.json", "metrics.jsonl", "samples.jsonl", "curves.png", "reference", "final"}
+    names = {"config.yaml", "env.json", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "curves.png"}
+    names |= {"reference", "final"}
     assert run == Path("runs/tiny")
     assert {path.name for path in run.iterdir()} == names
     assert [path.name for path in Path("runs").iterdir()] == ["tiny"]

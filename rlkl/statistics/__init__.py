@@ -1,0 +1,1 @@
+"""Statistics of a comparison: pure functions of numpy and scipy, one a formula. Torch-free."""
