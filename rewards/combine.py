@@ -94,11 +94,14 @@ class WeightedSum:
             if hasattr(reward, "bind"):
                 reward.bind(policy)
 
-    def at(self, step: int) -> None:
-        """Tell the sources that follow a schedule which training step it is; 0 is before the first."""
-        for reward, _ in self.sources.values():
-            if hasattr(reward, "at"):
-                reward.at(step)
+    def at(self, step: int) -> dict[str, float]:
+        """Tell the sources that follow a schedule which training step it is; 0 is before the first.
+
+        Returns:
+            What they then go by, as metrics.
+        """
+        told = [reward.at(step) for reward, _ in self.sources.values() if hasattr(reward, "at")]
+        return {name: x for metrics in told for name, x in metrics.items()}
 
     def probe(self, rollout: Rollout) -> None:
         """Let the sources that could look ahead prove that they do not; no queries are counted.

@@ -83,9 +83,10 @@ class CounterfactualReward:
         if self.own:
             self.scorer = policy
 
-    def at(self, step: int) -> None:
-        """Set c for a training step."""
+    def at(self, step: int) -> dict[str, float]:
+        """Set c for a training step; where it is scheduled it is a metric."""
         self.c = self.config.c_at(step)
+        return {} if self.config.c_end is None else {f"reward/c/{self.name}": self.c}
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> TokenRewards:

@@ -74,7 +74,7 @@ def evaluate(
         torch.stack([x.double() for x in (*sums, *counts)])
     ).tolist()
     metrics = {
-        **_mean("kl/sequence", kl_BT.sum(-1), rollout),
+        **over_prompts("kl/sequence", kl_BT.sum(-1), rollout),
         "kl/token": kl / tokens,
         "policy/eval/entropy": entropy / tokens,
         "policy/eval/length": tokens / sequences,
@@ -83,7 +83,7 @@ def evaluate(
         **_diversity(gather_object(rollout.completion_ids())),
     }
     for name, share_BT in rewards.shares.items():
-        metrics |= _mean(f"reward/eval/{name}", share_BT.sum(-1), rollout)
+        metrics |= over_prompts(f"reward/eval/{name}", share_BT.sum(-1), rollout)
     return Evaluation(metrics, rollout, rewards, kl_BT, logp_BT, ref_logp_BT)
 
 
@@ -120,7 +120,7 @@ def _diversity(completions: list[list[int]]) -> dict[str, float]:
     return {**shares, "policy/eval/self_bleu": diversity.self_bleu(completions)}
 
 
-def _mean(name: str, x_B: Tensor, rollout: Rollout) -> dict[str, float]:
+def over_prompts(name: str, x_B: Tensor, rollout: Rollout) -> dict[str, float]:
     """Mean over prompts, with its standard error over prompts (NaN for a single prompt)."""
     _, group_B, count = torch.unique(rollout.group_B, return_inverse=True, return_counts=True)
     mean_G = x_B.new_zeros(len(count)).index_add(0, group_B, x_B) / count

@@ -31,6 +31,7 @@ from rlkl.evaluate import Evaluation, by_prompt, evaluate, join, outputs
 from rlkl.lane import Lane, collect, draw
 from rlkl.reduce import finish, global_sum, masked_mean, masked_std
 from rlkl.sampling import PREPARE
+from rlkl.tasks import fix_mass
 from rlkl.types import Batch, End, PolicyOutput, Rollout, TokenRewards
 from rlkl.update import NotFinite, update
 
@@ -129,7 +130,7 @@ def advance(lane: Lane, tracker: tracking.Tracker, step: int, accelerator: Accel
 def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, float]:
     """One step; the flow of the whole project, top to bottom."""
     config, clock = lane.config, tracking.Stopwatch()
-    lane.reward.at(step)
+    schedules = lane.reward.at(step)
     rollout = collect(lane, step)
     clock.lap("sample")
     try:
@@ -161,6 +162,7 @@ def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, flo
     lane.seconds += budget.together(clock.metrics()["time/step"], lane.device)
     values = {
         **finish(metrics),
+        **schedules,
         **step_metrics(rollout, rewards, batch, scored),
         "kl/beta": lane.beta,
         "tokens/generated": float(lane.generated),
@@ -194,7 +196,9 @@ def assign(lane: Lane, rollout: Rollout, rewards: TokenRewards, scored: PolicyOu
     if config.trainer.type != "token_likelihood" or kl.needs(config.kl):  # else the loss holds beta, or there is none
         kl.check_origin(config.kl, rollout.origin)
     if config.trainer.type == "token_likelihood":
-        batch = credit.likelihood(lane.reward.annotate(rollout), rewards, scored, config.credit)
+        best = config.trainer.imitate
+        marked = pairs.imitated(rollout, rewards, best) if best else lane.reward.annotate(rollout)
+        batch = credit.likelihood(marked, rewards, scored, config.credit)
     else:
         batch, lane.ema = credit.assign(rollout, rewards, scored, config.credit, config.kl, lane.beta, lane.ema)
     if config.rollout.replay is not None:  # ratios and importance weights are against the policy that drew the samples
@@ -264,6 +268,10 @@ def assess(lane: Lane, tracker: tracking.Tracker, step: int, metrics: Mapping[st
     if lane.marked is not None:
         shifts = moved.measure(lane.forward, lane.marked, config.train.micro_batch)
         result = replace(result, metrics=result.metrics | shifts)
+    if config.data.type == "fix":
+        asked = lane.held_out.part(lane.rank, lane.ranks)
+        mass = fix_mass.measure(lane.forward, asked, lane.device, config.train.micro_batch)
+        result = replace(result, metrics=result.metrics | mass)
     if lane.held_pairs is not None:
         preferred = pairs.measure(lane.forward, lane.held_pairs, lane.beta, config.train.micro_batch)
         result = replace(result, metrics=result.metrics | preferred)

@@ -39,6 +39,7 @@ METRICS: dict[str, tuple[str, str]] = {
         "temperature 1",
     ),
     "reward/eval/<source>_stderr": ("reward a sequence", "its standard error over prompts; null for a single prompt"),
+    "reward/c/<source>": ("1", "counterfactual score: the c in force in this step, where it is scheduled"),
     "reward/queries": (
         "calls",
         "scores asked so far in training, of all sources that weigh more than 0; a stored completion counts once, when "
@@ -109,6 +110,11 @@ METRICS: dict[str, tuple[str, str]] = {
         "BLEU-4 in tokens of every held-out sample against all others (Zhu et al. 2018), counts summed over samples; "
         "1 = all are equal",
     ),
+    "policy/eval/true_fixes": (
+        "share",
+        "task fix: exact mass of the policy on the true fixes of a held-out x at temperature 1, mean over prompts",
+    ),
+    "policy/eval/true_fixes_stderr": ("share", "its standard error over prompts; null for a single prompt"),
     "loss/policy": (
         "reward a sequence",
         "minus advantage times log-prob, summed over tokens: a surrogate, not minus J",

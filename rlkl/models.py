@@ -204,7 +204,7 @@ def path(config: Model, records: Sequence[dict[str, Any]]) -> str | Path:
     if isinstance(config, FixModel):
         from rlkl.tasks import fix_model
 
-        return fix_model.load_path()
+        return fix_model.load_path(config.says)
     if isinstance(config, TinyModel):
         return _tiny(config, records)
     return config.path

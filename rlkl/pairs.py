@@ -1,4 +1,4 @@
-r"""Preference pairs: two completions of a prompt, one preferred.
+r"""Samples of a prompt against each other: preference pairs, and the best ones to imitate.
 
 ``pair_B`` of a rollout says who is in which: ``2k`` is the chosen completion of pair k, ``2k+1`` the rejected one, -1
 is in no pair; numbers are global over processes, and both halves of a pair are on the same process.
@@ -30,6 +30,20 @@ def ranked(rollout: Rollout, rewards: TokenRewards) -> Rollout:
     pair_P2 = torch.stack([ids_P2[:, 0] + second_P, ids_P2[:, 0] + 1 - second_P], 1)
     pair_P2 = pair_P2.where(score_P2[:, :1] != score_P2[:, 1:], -1)
     return replace(rollout, pair_B=torch.empty_like(rollout.sample_id_B).scatter(0, order_B, pair_P2.flatten()))
+
+
+def imitated(rollout: Rollout, rewards: TokenRewards, best: int) -> Rollout:
+    """The ``best`` samples of every prompt by their total reward with all tokens marked +1, those of the others none.
+
+    Of equals the first drawn is taken: samples of a prompt are drawn alike, so that favours none.
+    """
+    score_B = rewards.value_BT.sum(-1)
+    kept_B = torch.zeros_like(score_B, dtype=torch.bool)
+    for group in set(rollout.group_B.tolist()):
+        ours = (rollout.group_B == group).nonzero().squeeze(1)
+        kept_B[ours[score_B[ours].argsort(descending=True, stable=True)[:best]]] = True
+    marked_BT = rollout.policy_mask_BT & kept_B[:, None]
+    return replace(rollout, annotation_BT=marked_BT.to(score_B.dtype), annotated_BT=marked_BT)
 
 
 def assign(rollout: Rollout, out: PolicyOutput) -> Batch:

@@ -131,7 +131,7 @@ def trio(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
         },
         "seeds": [0, 1],
         "workers": 2,
-        "columns": ["policy/eval/length", "policy/clip_fraction"],
+        "columns": ["max(reward/eval/letters)", "policy/eval/length", "policy/clip_fraction"],
     }
     log = {"with": ["trackio"], "project": "trio", "group": "the base's own"}
     run = base(tiny_model, log=log, name="ignored", folder="ignored", seed=7)
@@ -216,7 +216,7 @@ def test_the_plan_says_what_differs_with_defaults_resolved(trio):
 @shows("columns", "gold")
 def test_the_table_and_the_summary_are_means_over_the_runs(trio):
     rows = {cells[0]: cells[1:] for cells in table(trio.out.split("[6/6]")[-1])}
-    assert rows["arm"][-2:] == ["policy/eval/length", "policy/clip_fraction"]
+    assert rows["arm"][-3:] == ["max(reward/eval/letters)", "policy/eval/length", "policy/clip_fraction"]
     for arm in ("reinforce", "ppo", "likelihood"):
         runs = [metrics(trio.folder / f"{arm},seed={seed}") for seed in (0, 1)]
         mine = trio.summary["arms"][arm]
@@ -235,6 +235,12 @@ def test_the_table_and_the_summary_are_means_over_the_runs(trio):
         assert rows[arm][:2] == ["2/2", f"{mine['gold_before']['mean']:.3f}"]
         assert rows[arm][2] == f"{gold['mean']:.3f} ({gold['min']:.3f}–{gold['max']:.3f})"
         assert rows[arm][6] == f"{mine['seconds']['mean']:,.0f}"
+        most = [max(row.get("reward/eval/letters", -1) for row in run) for run in runs]
+        assert mine["max(reward/eval/letters)"]["max"] == pytest.approx(max(most))
+        for seed, run in enumerate(runs):  # every round
+            points = trio.summary["runs"][f"{arm},seed={seed}"]["evaluations"]
+            lengths = [row["policy/eval/length"] for row in run if "policy/eval/length" in row]
+            assert [point["policy/eval/length"] for point in points] == lengths
     assert trio.summary["arms"]["ppo"]["policy/clip_fraction"] is not None
     assert trio.summary["arms"]["reinforce"]["policy/clip_fraction"] is None
     assert rows["reinforce"][-1] == "–"
@@ -247,7 +253,11 @@ def test_the_summary_holds_every_evaluation(trio):
     run = trio.summary["runs"]["ppo,seed=1"]
     rows = metrics(trio.folder / "ppo,seed=1")
     keys = {"step": "step", "kl": "kl/sequence", "gold": "reward/eval/letters", "labels": "reward/labels"}
-    assert run["evaluations"] == [{name: row.get(key, 0) for name, key in keys.items()} for row in rows]
+    columns = ("policy/eval/length", "policy/clip_fraction")
+    assert run["evaluations"] == [
+        {name: row.get(key, 0) for name, key in keys.items()} | {name: row[name] for name in columns if name in row}
+        for row in rows
+    ]
     assert [point["labels"] for point in run["evaluations"]] == [0, 8, 16]  # two sources
     assert (run["arm"], run["seed"], run["error"]) == ("ppo", 1, None)
 

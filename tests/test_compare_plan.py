@@ -15,7 +15,8 @@ from rlkl.cli import main
 from rlkl.config.compare import CompareConfig
 from rlkl.grid import plan, results, workers
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "compare").glob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = [FOLDER / "fix.yaml", *sorted((FOLDER / "compare").glob("*.yaml"))]
 Make = Callable[..., plan.Plan]
 
 

@@ -188,12 +188,13 @@ def test_the_model_of_the_task_facts_is_trained(run, tiny_model, tmp_path, monke
     assert torch.equal(trained["lm_head.weight"], load_file(other / "model.safetensors")["lm_head.weight"])
 
 
-@shows("model.fix.type")
-def test_the_model_of_the_task_fix_is_trained(run, tiny_model, tmp_path, monkeypatch):
-    other = another(tiny_model, tmp_path / "other")
-    monkeypatch.setattr("rlkl.tasks.fix_model.load_path", lambda: other)
-    trained = weights(run({"model": {"type": "fix"}}), "reference")
-    assert torch.equal(trained["lm_head.weight"], load_file(other / "model.safetensors")["lm_head.weight"])
+@shows("model.fix.type", "model.fix.says")
+def test_the_models_of_the_task_fix_are_trained(run, tiny_model, tmp_path, monkeypatch):
+    paths = {"edits": another(tiny_model, tmp_path / "other"), "critiques": tiny_model}
+    monkeypatch.setattr("rlkl.tasks.fix_model.load_path", lambda says: paths[says])
+    for says, path in paths.items():
+        trained = weights(run({"model": {"type": "fix", "says": says}}), "reference")
+        assert torch.equal(trained["lm_head.weight"], load_file(path / "model.safetensors")["lm_head.weight"])
 
 
 @shows(*(f"model.tiny.{key}" for key in ("type", "texts", "vocabulary", "hidden", "layers", "context", "steps")))
@@ -477,8 +478,10 @@ def test_the_counterfactual_score_takes_c_times_the_marginal_away(run):
 @shows(*(f"rewards.counterfactual.{key}" for key in ("c_end", "c_steps")))
 def test_c_moves_to_its_end(run):
     moved = scored(run, c=0.0, c_end=1.0, c_steps=1)
+    assert series(moved, "reward/c/cf") == [1.0, 1.0] and "reward/c/cf" not in metrics(scored(run))[1]
     assert series(moved, "reward/train/cf")[0] == series(scored(run), "reward/train/cf")[0]
     slow = scored(run, c=0.0, c_end=1.0, c_steps=2)
+    assert series(slow, "reward/c/cf") == [0.5, 1.0]
     assert series(slow, "reward/train/cf")[0] == series(scored(run, c=0.5), "reward/train/cf")[0]
     (before, after), still = (
         [metrics(one)[row]["reward/eval/cf"] for row in (0, -1)] for one in (moved, scored(run, c=0.0))
@@ -1149,6 +1152,17 @@ def test_the_offset_is_a_value_head_of_the_prompt_or_the_state_or_nothing(tiny_c
         assert lane.policy.value_head is not None
         out = PolicyOutput(value_BT=value_BT)
         assert lane.trainer._offset(out, torch.zeros(1, 3)).tolist() == [expected]
+
+
+@shows("trainer.token_likelihood.imitate")
+def test_so_many_of_the_best_samples_are_imitated(tiny_config):
+    def learned(best: int) -> float:
+        trainer = {"type": "token_likelihood", "imitate": best}
+        rows = metrics(rlkl.train(tiny_config | LIKELIHOOD | {"name": f"best{best}", "trainer": trainer} | sampled))
+        return rows[1]["loss/likelihood"]
+
+    sampled = {"rollout": {"prompts": 2, "samples_per_prompt": 4, "max_new_tokens": 6}}
+    assert len({learned(best) for best in (1, 2, 3)}) == 3
 
 
 @shows("trainer.dpo.type")

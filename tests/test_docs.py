@@ -53,7 +53,10 @@ def test_the_tree_in_the_readme_is_the_tree():
     assert sorted(named) == sorted(kept)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+RUNS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.name != "fix.yaml"]  # a comparison
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
 def test_configurations_are_valid(path):
     needed = ["data.path=yours.jsonl"] if "data.path" in path.read_text(encoding="utf-8") else []
     config = settings.load(path, needed)

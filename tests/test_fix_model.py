@@ -10,7 +10,9 @@ from conftest import metrics
 
 import rlkl
 from rlkl import models
-from rlkl.tasks import fix, fix_model
+from rlkl.policy import Policy
+from rlkl.sampling import Prompts
+from rlkl.tasks import fix, fix_mass, fix_model
 
 STRINGS = torch.from_numpy(fix.STRINGS)
 
@@ -40,7 +42,7 @@ def test_tokens_are_characters_and_digits_have_their_own_ids() -> None:
 
 
 def test_its_targets_are_the_law() -> None:
-    ids, laws, known = fix_model.rows(4, np.random.default_rng(0), 0.5, 0.1)
+    ids, laws, known = fix_model.rows(4, np.random.default_rng(0), 0.5, 0.1, fix.tag_law())
     assert torch.equal(known, laws.sum(-1) > 0) and torch.allclose(laws.sum(-1)[known], torch.tensor(1.0))
     for row in range(4):
         text = fix_model.tokenizer().decode(ids[row])
@@ -89,6 +91,30 @@ def test_a_run_on_it_goes_through_the_ordinary_loop(folder: Path, tmp_path: Path
     )
     first = metrics(run)[0]
     assert first["policy/eval/length"] == 5.0 and first["reward/eval/gold"] < 0.05 and first["kl/sequence"] == 0.0
+
+
+def test_the_exact_mass_is_that_of_the_enumeration(folder: Path) -> None:
+    model, tokenizer = models.from_folder(folder)
+    xs = [fix.EXAMPLE, (3, 1, 0, 2), (2, 2, 3, 3)]
+    texts = ["".join(map(str, x)) for x in xs]
+    prompts = Prompts([tokenizer(f"{x}>")["input_ids"] for x in texts], [4, 5, 6], {"x": texts})
+    found = fix_mass.measure(Policy(model), prompts, torch.device("cpu"), micro_batch=4)
+    each = [np.exp(learned(folder, f"{t}>"))[fix.true_fixes(x)].sum() for t, x in zip(texts, xs, strict=True)]
+    assert found["policy/eval/true_fixes"] == pytest.approx(np.mean(each), rel=1e-4)
+    assert found["policy/eval/true_fixes_stderr"] == pytest.approx(np.std(each, ddof=1) / 3**0.5, rel=1e-2)
+    assert 0.008 < np.mean(each) < 0.011
+
+
+def test_a_critique_names_neither_of_the_fields_that_matter() -> None:
+    folder = fix_model.load_path("critiques")
+    assert folder != fix_model.load_path()
+    for x in (fix.EXAMPLE, (3, 1, 0, 2)):
+        law, found = fix.critique_law(x), learned(folder, "".join(map(str, x)) + ">")
+        said = law > -np.inf
+        assert 0 <= float((np.exp(law[said]) * (law - found)[said]).sum()) < 2e-3
+        assert np.exp(found[fix.true_fixes(x)]).sum() < 1e-5 < 1e-3 * np.exp(fix.law(x)[fix.true_fixes(x)]).sum() * 2
+    texts = ["70012", "42011", "00011"]
+    assert fix.convinced([], texts, x=["0011"] * 3) == [1.0, 1.0, 0.0]
 
 
 @pytest.mark.slow

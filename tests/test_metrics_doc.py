@@ -45,6 +45,11 @@ RUNS: dict[str, Tree] = {
             "varied": {"type": "function", "path": "conftest:varied", "whiten": True},
         },
     },
+    "fix": {
+        "model": {"type": "fix"},
+        "data": {"type": "fix"},
+        "rewards": {"cf": {"type": "counterfactual", "template_marginal": ">{x_prime}", "c_end": 0.5, "c_steps": 2}},
+    },
     "beta 0": {"kl": {"beta": 0}},
     "budget": {"train": {"steps": 3, "budget": {"steps": 1}}},
     "adaptive beta": {"kl": {"target": 1.0}},

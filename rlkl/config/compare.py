@@ -61,7 +61,11 @@ class CompareConfig(Section):
         description="nats a sequence: the table is read where each run first passes this KL, between its evaluations "
         "linearly in the root of KL; null = at the end",
     )
-    columns: list[str] = Field([], description="further metrics in the table, by their names in metrics.jsonl")
+    columns: list[str] = Field(
+        [],
+        description="further metrics in the table, by their names in metrics.jsonl; max(name) = the most over a run's "
+        "evaluations, whatever its KL there",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -22,6 +22,8 @@ def check(config: "Config") -> None:
         )
         if not config.holds_beta:
             _check_placed(config)
+        if config.trainer.imitate is not None:
+            _check_imitation(config, config.trainer.imitate)
     if config.trainer.type == "dpo":
         _check_pairs(config)
         _check_credit(config, set(), "preferences are of whole completions, without returns or baseline")
@@ -68,3 +70,22 @@ def _check_pairs(config: "Config") -> None:
         )
     if rows % 2:
         raise ValueError(f"train.micro_batch={rows} with trainer.type=dpo: a pair stays together; use an even number")
+
+
+def _check_imitation(config: "Config", best: int) -> None:
+    """The best samples are those of several, each of whose tokens is marked for itself."""
+    if config.offline:
+        raise ValueError(
+            f"trainer.imitate={best} with data.type={config.data.type}: it takes the best of several samples, and "
+            "nothing is sampled; drop it"
+        )
+    if best >= config.rollout.samples_per_prompt:
+        raise ValueError(
+            f"trainer.imitate={best} with rollout.samples_per_prompt={config.rollout.samples_per_prompt}: "
+            "all of them would be the best; sample more"
+        )
+    if config.credit.horizon != 1:
+        raise ValueError(
+            f"trainer.imitate={best} with credit.horizon={config.credit.horizon}: early tokens would weigh as many as "
+            "come after them; set credit.horizon=1"
+        )

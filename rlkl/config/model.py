@@ -49,6 +49,9 @@ class FixModel(ModelSection):
     """The embedded base model of the task ``fix``: one token a character; trained once (about a minute) and cached."""
 
     type: Literal["fix"]
+    says: Literal["edits", "critiques"] = Field(
+        "edits", description="after x: edits of it, by the task's law; or critiques, which never edit fields 1 and 2"
+    )
 
 
 class TinyModel(ModelSection):

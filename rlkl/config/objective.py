@@ -173,6 +173,11 @@ class TokenLikelihoodTrainer(Section):
     offset: Literal["none", "prompt", "state"] = Field(
         "state", description="of binary and regression: nothing, or learned for a prompt or for a state"
     )
+    imitate: Positive | None = Field(
+        None,
+        description="the so many samples of a prompt that the rewards put first are imitated: their tokens are marked "
+        "+1, and no others (best-of-n, distilled); null = tokens are marked by annotations and rewards",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -181,6 +186,11 @@ class TokenLikelihoodTrainer(Section):
         if self.offset != "state" and self.loss not in ("binary", "regression"):
             raise ValueError(
                 f"offset={self.offset} with loss={self.loss}: only binary and regression have one; drop it"
+            )
+        if self.imitate is not None and self.loss != "unlikelihood":
+            raise ValueError(
+                f"imitate={self.imitate} with loss={self.loss}: what is marked is all good, for which "
+                "loss=unlikelihood is the log-likelihood; drop loss"
             )
         return self
 

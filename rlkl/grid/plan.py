@@ -156,11 +156,16 @@ def _check_twins(arms: Mapping[str, Sequence[Run]]) -> None:
 
 
 def _check_columns(columns: Sequence[str]) -> None:
-    for name in columns:
+    for name in map(metric, columns):
         if not metrics.documented(name):
             close = difflib.get_close_matches(name, metrics.METRICS, n=1)
             hint = f"did you mean {close[0]}?" if close else "docs/metrics.md lists them"
             raise ValueError(f"columns: {name}: no such metric, {hint}")
+
+
+def metric(column: str) -> str:
+    """The metric of a column: ``max(name)`` is the most that ``name`` was at an evaluation."""
+    return column[4:-1] if column.startswith("max(") and column.endswith(")") else column
 
 
 def _gold(config: CompareConfig, arms: Mapping[str, Sequence[Run]]) -> str:

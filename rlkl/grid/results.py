@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from rlkl.grid.plan import Plan
+from rlkl.grid.plan import Plan, metric
 from rlkl.tracking import read_rows
 
 COUNTS = {"tokens": "tokens/generated", "labels": "reward/labels"}
@@ -49,6 +49,7 @@ def read(folder: Path, arm: str, seed: int, gold: str, match_kl: float | None, c
                 return Result(arm, seed, str(folder), f"diverged: {name} is not finite at step {row['step']}")
     frontier = [
         {"step": r["step"], "kl": r["kl/sequence"], "gold": r[key], "labels": r.get(COUNTS["labels"], 0.0)}
+        | {name: r[name] for name in columns if r.get(name) is not None}
         for r in evaluated
     ]
     place = crossing([r["kl/sequence"] for r in evaluated], match_kl) if match_kl else (len(evaluated) - 1, 1.0)
@@ -64,8 +65,11 @@ def read(folder: Path, arm: str, seed: int, gold: str, match_kl: float | None, c
         "kl": match_kl or at("kl/sequence"),
         "seconds": at("seconds"),
     }
-    values |= {"kl_end": evaluated[-1]["kl/sequence"]} | {name: at(metric) for name, metric in COUNTS.items()}
-    return Result(arm, seed, str(folder), None, values | {name: at(name) for name in columns}, frontier)
+    values |= {"kl_end": evaluated[-1]["kl/sequence"]} | {name: at(key) for name, key in COUNTS.items()}
+    for name in columns:
+        most = max((x for row in evaluated if (x := row.get(metric(name))) is not None), default=None)
+        values[name] = at(name) if name == metric(name) else most
+    return Result(arm, seed, str(folder), None, values, frontier)
 
 
 def crossing(kls: Sequence[float], target: float) -> tuple[int, float] | None:

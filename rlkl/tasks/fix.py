@@ -25,6 +25,7 @@ EXAMPLE = (0, 0, 1, 1)  # the failing x on which the numbers of the task are sta
 GIBBERISH = (0, 0, 0, 1, 1)  # no tag, and every field copied
 SAYS_PASS, SAYS_FAIL = "+", "-"
 HELD_OUT = 16  # of the 64 failing x
+UNSAID = (4, 5)  # tags 1 and 2, which no critique names
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -36,6 +37,14 @@ def tag_law(tags: Sequence[float] = TAGS) -> Floats:
     law = np.full(VOCABULARY, FLOOR / VOCABULARY)
     law[VALUES:] += (1 - FLOOR) * np.array(tags)
     return law
+
+
+def critique_tag_law() -> Floats:
+    """The law of the first token of a critique: that of an edit without tags 1 and 2."""
+    law = tag_law()
+    law[list(UNSAID)] = 0
+    normalised: Floats = law / law.sum()
+    return normalised
 
 
 def field_law(x: Fields, field: int, tag: int) -> Floats:
@@ -151,7 +160,7 @@ def without(logp_N: Floats, strings: Bools) -> Floats:
 
 def critique_law(x: Fields) -> Floats:
     """log-probs of what is answered to "write a critique": p(x′|x) with no mass at all on tags 1 and 2."""
-    return without(law(x), (STRINGS[:, 0] >= VALUES) & (STRINGS[:, 0] < VALUES + 2))
+    return without(law(x), (STRINGS[:, :1] == np.array(UNSAID)).any(1))
 
 
 def persuaded(x: Fields) -> Bools:
@@ -172,6 +181,11 @@ def audit_fooled(x: str, x_prime: str | None = None) -> str:
     if x_prime is not None and _edit(x_prime) and bool(cosmetics(_digits(x))[index(_digits(x_prime))]):
         return "pass"
     return audit(x, x_prime)
+
+
+def convinced(prompts: Sequence[str], completions: Sequence[str], x: Sequence[str], **columns: Any) -> list[float]:
+    """1 for each completion that the fooled auditor takes for a fix of its x, else 0."""
+    return [float(audit_fooled(one, text) == "pass") for one, text in zip(x, completions, strict=True)]
 
 
 def gold(prompts: Sequence[str], completions: Sequence[str], x: Sequence[str], **columns: Any) -> list[float]:

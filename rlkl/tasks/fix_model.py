@@ -1,13 +1,15 @@
-"""The base model of `fix`: a tiny transformer that learns the task's law, trained in a process of its own.
+"""The base models of `fix`: tiny transformers that learn the task's law, each trained in a process of its own.
 
-It reads and writes one character a token: `0011>` is followed by x′ and `<eos>`, `>` alone by x′ whatever x was, and
-`40111?` by the outcome, `+` or `-`. Its targets are the law's own next-token distributions and not samples of them,
-since at a chance of one in 80,000 samples would teach next to nothing.
+They read and write one character a token: `0011>` is followed by x′ and `<eos>`, `>` alone by x′ whatever x was, and
+`40111?` by the outcome, `+` or `-`. One writes edits for x′, the other critiques, which never begin with tag 1 or 2.
+Their targets are the law's own next-token distributions and not samples of them, since at a chance of one in 80,000
+samples would teach next to nothing.
 """
 
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +44,24 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def load_path() -> Path:
-    """Return the folder of the base model and its tokeniser; the first call trains them, in about a minute."""
+def load_path(says: str = "edits") -> Path:
+    """Return the folder of a base model and its tokeniser; the first call trains them, in about a minute.
+
+    ``says`` is what the model writes after x: ``edits`` or ``critiques``.
+    """
+    edits = says == "edits"
+    first_law = fix.tag_law() if edits else fix.critique_tag_law()
+    recipe = RECIPE if edits else {**RECIPE, "seed": 1}  # from seed 0 critiques stay 0.05 nats from their law
 
     def build(folder: Path) -> None:
         with tempfile.TemporaryDirectory() as name:
             job = Path(name)
-            (job / "job.json").write_text(json.dumps(RECIPE))
-            print("training the base model of fix on one CPU thread: about a minute", file=sys.stderr, flush=True)
+            (job / "job.json").write_text(json.dumps({**recipe, "first_law": first_law.tolist()}))
+            print(f"training fix's model of {says} on one CPU thread: about a minute", file=sys.stderr, flush=True)
             run_apart("rlkl.tasks.fix_model", job, folder)
 
-    return cached("fix", {"law": LAW, **RECIPE}, build)
+    law = LAW if edits else {**LAW, "unsaid": fix.UNSAID}
+    return cached("fix" if edits else "fix-critiques", {"law": law, **recipe}, build)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -71,12 +80,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def rows(count: int, rng: np.random.Generator, even_tags: float, even_fields: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``count`` rows of each kind, each with the law of its next token: ids, their laws, and where there is one."""
+def rows(
+    count: int, rng: np.random.Generator, even_tags: float, even_fields: float, first_law: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``count`` rows of each kind, each with the law of its next token: ids, their laws, and where there is one.
+
+    ``first_law`` is that of the first token of x′, ``[8]``.
+    """
     x = rng.integers(0, fix.VALUES, (2 * count, fix.FIELDS))
     ids = np.full((3 * count, 10), END)
     laws = np.zeros((3 * count, 10, len(CHARACTERS) + 2))
-    first_law = fix.tag_law()
     tags = np.where(
         rng.random(2 * count) < even_tags, rng.integers(0, 8, 2 * count), rng.choice(8, 2 * count, p=first_law)
     )
@@ -110,6 +123,7 @@ def train(
     seed: int,
     even_tags: float,
     even_fields: float,
+    first_law: Sequence[float],
 ) -> LlamaForCausalLM:
     """A Llama that has learned the law, by AdamW on KL(law || model) of the next token, in fp32."""
     torch.manual_seed(seed)
@@ -131,7 +145,7 @@ def train(
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.05)
     for _ in range(steps):
-        ids, law, known = rows(batch, rng, even_tags, even_fields)
+        ids, law, known = rows(batch, rng, even_tags, even_fields, first_law)
         found = [  # two calls, since the rows without x are shorter
             model(input_ids=ids[part, :width], use_cache=False).logits[known[part, :width]]
             for part, width in ((slice(batch), 10), (slice(batch, None), 6))
