@@ -23,7 +23,8 @@ Judged = tuple[Span, Sequence[int]]  # a span and tokens
 class AnnotationReward:
     """The weight of a span's label times its own weight, paid once; spans that are paid at the same token add up.
 
-    Stored spans (column ``spans`` of annotated data) are paid at their last token. A labeller's span [start, end) is
+    Stored spans (column ``spans`` of annotated data) are paid at their last token; those of several annotators count
+    for a share each (:mod:`rlkl.data.spans`). A labeller's span [start, end) is
     paid at the token of code point ``end - 1 + lookahead``, when it is certain, or at the last token where the text
     ends first: only then may the labeller know of it.
     """
@@ -92,9 +93,11 @@ class AnnotationReward:
         mask_BT = rollout.policy_mask_BT
         weight_BT, marked_BT = torch.zeros(mask_BT.shape), torch.zeros(mask_BT.shape, dtype=torch.bool)
         judged = self._stored(rollout, whole) if self.labeller is None else self._labelled(rollout, whole)
+        people = rollout.columns.get("annotators") if self.stored else None
         for i, length in enumerate(rollout.length_B.tolist()):
             spans, tokens = zip(*judged[i], strict=True) if judged[i] else ((), ())
-            added = add_up(spans, tokens, self.config.weights, length, unmarked)
+            judges = len(people[i]) if people and people[i] else 1
+            added = add_up(spans, tokens, self.config.weights, length, unmarked, judges)
             weight_BT[i, :length], marked_BT[i, :length] = added
         return weight_BT.to(mask_BT.device) * mask_BT, marked_BT.to(mask_BT.device) & mask_BT
 
@@ -104,13 +107,13 @@ class AnnotationReward:
                 f"reward {self.name}: samples of the {rollout.origin} have no stored spans; name a labeller that marks "
                 f"them in rewards.{self.name}.labeller"
             )
-        return [
-            [
-                (self._span(self._at(rollout, i), held), held["tokens"] if whole else held["tokens"][-1:])
-                for held in rollout.columns["spans"][i]
-            ]
-            for i in range(len(rollout))
-        ]
+        judged: list[list[Judged]] = []
+        for i in range(len(rollout)):
+            judged.append([])
+            for held in rollout.columns["spans"][i]:
+                span = replace(self._span(self._at(rollout, i), held), annotator=held.get("annotator"))
+                judged[-1].append((span, held["tokens"] if whole else held["tokens"][-1:]))
+        return judged
 
     def _labelled(self, rollout: Rollout, whole: bool) -> list[list[Judged]]:
         assert rollout.decode is not None, "this rollout has no tokenizer"

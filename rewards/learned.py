@@ -1,5 +1,6 @@
-"""A reward model as a source: frozen, it scores prompt and completion at the last token, or every token."""
+"""A reward model as a source: frozen, it scores prompt and completion at the last token, every token or sentence."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from rlkl import RunError, models, scoring
 from rlkl.config import LearnedSource
-from rlkl.data.spans import Decoded
+from rlkl.rewards import reading
 from rlkl.rewards.function import pay_at_end, probe_causality
 from rlkl.types import End, Rollout, TokenRewards
 
@@ -15,11 +16,13 @@ from rlkl.types import End, Rollout, TokenRewards
 class LearnedReward:
     """``level=sequence``: the score of a sequence-classification model with one label, paid at the last policy token.
 
-    ``level=token``: the scores of a causal token-classification model, each paid at its own token.
+    ``level=token``: the scores of a causal token-classification model, each paid at its own token, or where it is
+    certain if the model has a tokenizer of its own: scores that are paid at the same token add up, so that the sum over
+    a completion is what the model says of it, however the policy cuts it. ``level=sentence``: those at the last tokens
+    of sentences alone, each paid once its sentence has ended.
 
-    What is judged as a whole are the token ids of prompt and completion, with one EOS at the end however the
-    completion ended (``eos: true``), or none. The model is in evaluation mode, without gradients, in its own
-    dtype; every process scores its own samples.
+    What is judged is laid out by :mod:`rlkl.rewards.reading`, as in training. The model is in evaluation mode, without
+    gradients, in its own dtype; every process scores its own samples.
     """
 
     clips = True  # by itself: missing_eos_penalty is taken off the clipped score
@@ -27,6 +30,7 @@ class LearnedReward:
     def __init__(self, name: str, config: LearnedSource) -> None:
         self.name = name
         self.config = config
+        self.same = True  # until the policy's tokenizer is known
         path = config.path
         if path == "facts":
             from rlkl.tasks import facts_reward
@@ -38,17 +42,16 @@ class LearnedReward:
             raise ValueError(f"rewards.{name}.eos=true: the tokenizer of {config.path} has no EOS; set eos=false")
 
     def check(self, tokenizer: Any) -> None:
-        """Compare the vocabularies: the model is given the policy's token ids.
+        """Learn whether the model is given the policy's token ids, or the text, cut by its own tokenizer.
 
         Raises:
-            ValueError: a token has another id, or is missing, on one side.
+            ValueError: its own tokenizer does not know offsets, by which scores of tokens and sentences are paid.
         """
-        ours, theirs = tokenizer.get_vocab(), self.tokenizer.get_vocab()
-        if ours != theirs:
-            token = min(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+        self.same = tokenizer.get_vocab() == self.tokenizer.get_vocab()
+        if not self.same and self.config.level != "sequence" and not self.tokenizer.is_fast:
             raise ValueError(
-                f"rewards.{self.name}.path={self.config.path}: its tokenizer is not the policy's (token {token!r} is "
-                f"{theirs.get(token)} here and {ours.get(token)} there); use a reward model with the same tokenizer"
+                f"rewards.{self.name}.path={self.config.path}: its tokenizer is not the policy's and knows no offsets; "
+                f"level={self.config.level} needs a fast one, or the policy's"
             )
 
     def __call__(self, rollout: Rollout) -> TokenRewards:
@@ -57,46 +60,54 @@ class LearnedReward:
         Raises:
             RunError: a completion is longer than the model can read, or its score is not finite.
         """
-        rows = self._judged(rollout)
-        for i, row in enumerate(rows):
-            if self.context is not None and len(row) > self.context:
-                raise RunError(
-                    f"reward {self.name}: sample {int(rollout.sample_id_B[i])} has {len(row)} tokens with its prompt, "
-                    f"and the model reads at most {self.context}; lower rollout.max_new_tokens"
-                )
-        distinct = {tuple(row): place for place, row in enumerate(dict.fromkeys(map(tuple, rows)))}
-        model, once = self.model.to(rollout.tokens_BT.device), list(distinct)
-        again_B = [distinct[tuple(row)] for row in rows]
-        if self.config.level == "token":
-            scores = scoring.token_scores(model, once, self.config.micro_batch)
-            return TokenRewards(
-                self._dense(rollout, [scores[k] for k in again_B]), rollout.policy_mask_BT, queries=len(rows)
-            )
-        score_B = self._usable(scoring.scores(model, once, self.config.micro_batch)[again_B], rollout)
-        return pay_at_end(score_B - self.config.missing_eos_penalty * (rollout.end_B == End.LIMIT), rollout)
+        if self.config.level == "sequence":
+            rows = reading.whole(rollout, self.tokenizer, self.same, self.config.eos)
+            score_B = self._usable(torch.cat(self._scored(rollout, rows, scoring.scores)), rollout)
+            return pay_at_end(score_B - self.config.missing_eos_penalty * (rollout.end_B == End.LIMIT), rollout)
+        found = reading.dense(rollout, self.tokenizer, self.same, self.config.level)
+        return self._dense(rollout, found, self._scored(rollout, found.rows, scoring.token_scores))
 
     def probe(self, rollout: Rollout) -> None:
-        """Check once that a token model is causal; this is no query.
+        """Check once that prompts can be read, and that scores of tokens or sentences are causal; this is no query.
 
         Raises:
-            ValueError: it reads later tokens, or fails; no run has started yet.
+            ValueError: a token model reads later tokens, or the model fails; no run has started yet.
         """
-        if self.config.level == "token":
-            exact = self.model.dtype in (torch.float32, torch.float64)
-            try:
-                value_BT = self(rollout).value_BT
+        if self.same and self.config.level == "sequence":
+            return
+        try:
+            value_BT = self(rollout).value_BT
+            if self.config.level != "sequence":
+                exact = self.model.dtype in (torch.float32, torch.float64)
                 probe_causality(lambda r: self(r).value_BT, value_BT, rollout, self.name, 1e-4 if exact else 5e-2)
-            except RunError as error:
-                raise ValueError(f"{error} (on a few samples before the first step)") from error
+        except RunError as error:
+            raise ValueError(f"{error} (on a few samples before the first step)") from error
 
-    def _dense(self, rollout: Rollout, scores: list[Tensor]) -> Tensor:
-        """The scores of the completions' own tokens, ``[B, T]``, those of prompts left out."""
-        value_BT = torch.zeros(rollout.tokens_BT.shape, dtype=scores[0].dtype, device=scores[0].device)
-        for i, (asked, length) in enumerate(
-            zip(rollout.prompt_length_B.tolist(), rollout.length_B.tolist(), strict=True)
-        ):
-            value_BT[i, :length] = scores[i][asked : asked + length]
-        return self._usable(value_BT, rollout) * rollout.policy_mask_BT
+    def _scored(self, rollout: Rollout, rows: Sequence[list[int]], score: Callable[..., Any]) -> list[Tensor]:
+        """The model's scores of rows, equal ones read once."""
+        for i, row in enumerate(rows):
+            at = f"reward {self.name}: sample {int(rollout.sample_id_B[i])}"
+            if not row:
+                raise RunError(f"{at} has no token with its prompt; leave such prompts out")
+            if self.context is not None and len(row) > self.context:
+                raise RunError(
+                    f"{at} has {len(row)} tokens with its prompt, and the model reads at most {self.context}; "
+                    "lower rollout.max_new_tokens"
+                )
+        distinct = {row: place for place, row in enumerate(dict.fromkeys(map(tuple, rows)))}
+        found = score(self.model.to(rollout.tokens_BT.device), list(distinct), self.config.micro_batch)
+        return [found[distinct[tuple(row)]].reshape(-1) for row in rows]
+
+    def _dense(self, rollout: Rollout, found: reading.Reading, scores: Sequence[Tensor]) -> TokenRewards:
+        """Scores of tokens or sentences, summed where they are paid at the same policy token."""
+        mask_BT = rollout.policy_mask_BT
+        value_BT = torch.zeros(mask_BT.shape, dtype=scores[0].dtype, device=mask_BT.device)
+        scored_BT = torch.zeros_like(mask_BT)
+        for i, (score_S, read, paid) in enumerate(zip(scores, found.read, found.paid, strict=True)):
+            at_N = torch.tensor(paid, dtype=torch.long, device=mask_BT.device)
+            value_BT[i].index_add_(0, at_N, score_S[read])
+            scored_BT[i, at_N] = True
+        return TokenRewards(self._usable(value_BT, rollout) * mask_BT, scored_BT & mask_BT, queries=len(scores))
 
     def _usable(self, score: Tensor, rollout: Rollout) -> Tensor:
         """Scores, one or more a sample, clipped if asked; they must be finite."""
@@ -108,23 +119,3 @@ class LearnedReward:
             )
         clip = self.config.clip
         return score if clip is None else score.clamp(-clip, clip)
-
-    def _judged(self, rollout: Rollout) -> list[list[int]]:
-        prompts = zip(rollout.prompt_BP.tolist(), rollout.prompt_length_B.tolist(), strict=True)
-        rows = zip(prompts, rollout.completion_ids(), rollout.end_B.tolist(), strict=True)
-        if self.config.level == "token":
-            return [[*ids[:n], *y] for (ids, n), y, _ in rows]
-        end = [self.tokenizer.eos_token_id] if self.config.eos else []
-        texts = rollout.texts() if rollout.stop else [""] * len(rollout)
-        return [
-            [*ids[:n], *self._said(y, how, text, rollout), *end]
-            for ((ids, n), y, how), text in zip(rows, texts, strict=True)
-        ]
-
-    @staticmethod
-    def _said(ids: list[int], how: int, text: str, rollout: Rollout) -> list[int]:
-        """The tokens of a completion without the EOS or the stop string that ended it, which is no part of its text."""
-        if how == End.STOP:
-            assert rollout.decode is not None, "this rollout has no tokenizer"
-            return ids[: max(Decoded(ids, rollout.decode, text).tokens(0, len(text)), default=-1) + 1] if text else []
-        return ids[:-1] if how == End.EOS else ids

@@ -1,6 +1,7 @@
 """From ``model:`` in the configuration to a causal LM and its tokenizer."""
 
 import contextlib
+import json
 import os
 import ssl
 import urllib.error
@@ -75,6 +76,7 @@ SCORED = {
     "sequence": (AutoModelForSequenceClassification, "a sequence-classification model of one label"),
     "token": (AutoModelForTokenClassification, "a token-classification model of one label"),
 }
+SCORED["sentence"] = SCORED["token"]  # read at the last tokens of sentences
 
 
 def reward_model(path: str | Path, key: str = "path", kind: str = "sequence") -> tuple[Any, Any]:
@@ -89,6 +91,8 @@ def reward_model(path: str | Path, key: str = "path", kind: str = "sequence") ->
     with _loading(path, key, what):
         if (Path(path) / "adapter_config.json").is_file():
             raise ValueError("it holds an adapter; merge it into its base")
+        if (made := _trained_for(path)) in SCORED and made != kind:
+            raise ValueError(f"it was trained with kind={made}, and is read as {kind}")
         model = _whole(auto, path, "auto")
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if model.config.num_labels != 1:
@@ -96,6 +100,15 @@ def reward_model(path: str | Path, key: str = "path", kind: str = "sequence") ->
         if kind == "sequence" and (not hasattr(model, "score") or not hasattr(model, "base_model")):
             raise ValueError(f"{type(model).__name__} has no score head that reads the last token")
     return model.eval().requires_grad_(False), tokenizer
+
+
+def _trained_for(path: str | Path) -> Any:
+    """What `rlkl reward-model` made this folder for; None where another made it."""
+    try:
+        held = json.loads((Path(path) / "evaluation.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return held.get("kind") if isinstance(held, dict) else None
 
 
 def headed(path: str | Path, kind: str, dtype: str = "float32") -> Any:

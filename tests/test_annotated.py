@@ -33,6 +33,19 @@ def test_a_record_is_read_with_its_defaults(tmp_path):
     assert (second.token_ids, second.columns) == ([3, 4], {"gold": "Ottawa"})
 
 
+def test_annotators_are_those_given_or_those_whom_spans_name(tmp_path):
+    spans = [{"start": 0, "end": 3, "label": "x", "annotator": name} for name in ("bob", "ann", "bob")]
+    rows = [
+        {**GOOD, "spans": spans},
+        {**GOOD, "id": "2", "spans": spans, "annotators": ["cy", "ann", "bob"]},
+        {**GOOD, "id": "3"},
+    ]
+    records = annotated.read(with_file(tmp_path, *rows))
+    assert [record.annotators for record in records] == [["bob", "ann"], ["cy", "ann", "bob"], None]
+    assert [record.judges for record in records] == [2, 3, 1]
+    assert annotated.row(records[1]) == rows[1] and records[0].spans[1] == Span(0, 3, "x", annotator="ann")
+
+
 def test_a_conversation_stands_in_for_the_prompt(tmp_path):
     messages = [{"role": "user", "content": "Hi"}]
     row = {key: value for key, value in GOOD.items() if key != "prompt"} | {"messages": messages}
@@ -85,7 +98,14 @@ def span(**changes: object) -> dict[str, object]:
         (span(label=3), r"label: a whole number; it must be a text"),
         (span(weight=float("nan")), r"weight: NaN; it must be a finite number"),
         (span(weight="1"), r"weight: a text; it must be a finite number"),
-        (span(text="Paris"), r"spans\[0\]: text: unknown; a span has start, end, label and maybe weight"),
+        (span(text="Paris"), r"spans\[0\]: text: unknown; a span has start, end, label and maybe weight and annotator"),
+        (span(annotator=""), r"spans\[0\]: annotator: empty; name who marked it, or leave it out"),
+        (span(annotator=3), r"annotator: a whole number; it must be a text"),
+        ({"annotators": []}, r"annotators: must be a list of different names, one or more"),
+        ({"annotators": ["a", "a"], "spans": []}, r"annotators: must be a list of different names"),
+        ({"annotators": ["ann"]}, r"spans\[0\]: annotator: missing, and others are named; name who marked every span"),
+        ({**span(annotator="bob"), "annotators": ["ann"]}, r"annotators: 'bob' marked a span and is not among them"),
+        ({"spans": [*span()["spans"], *span(annotator="bob")["spans"]]}, r"spans\[0\]: annotator: missing"),
         ({"token_ids": []}, r"token_ids: must be a list of token ids, one or more"),
         ({"token_ids": [1, -1]}, r"token_ids: must be"),
         ({"tokens_ids": [1]}, r"tokens_ids: unknown key, did you mean token_ids\? Else rename it"),

@@ -171,6 +171,23 @@ def test_what_a_person_marked_is_paid_at_its_last_token():
     assert result.queries == 0
 
 
+def test_what_one_of_two_people_marked_is_paid_by_half():
+    both = [
+        Span(25, 31, "wrong", annotator="ann"),
+        Span(25, 31, "wrong", annotator="bob"),
+        Span(56, 63, "right", annotator="bob"),
+    ]
+    records = [
+        Annotated("a", TEXTS[0], tuple(both), prompt="Q:", annotators=["ann", "bob"]),
+        Annotated("b", "x", (), prompt="Q:"),
+    ]
+    rollout = to_rollout(records, TOKENIZER, WEIGHTS, eos_id=TOKENIZER.eos_token_id)
+    expected = [(" Paris is the capital of Canada", -1.0), (TEXTS[0][:-1], 0.5)]
+    assert paid(reward(None)(rollout), rollout, 0) == expected
+    again = reward(None).annotate(replace(rollout, annotation_BT=None, annotated_BT=None))
+    assert torch.equal(again.annotation_BT, rollout.annotation_BT)
+
+
 def test_stored_spans_give_the_same_annotation_again():
     rollout = stored()
     bare = replace(rollout, annotation_BT=None, annotated_BT=None)

@@ -16,8 +16,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import rlkl
 from rlkl import RunError, scoring, settings
 from rlkl.config import LearnedSource, dump
+from rlkl.rewards import reading
 from rlkl.rewards.learned import LearnedReward
-from rlkl.tasks.pretrain import train_tokenizer
 
 ROWS = [[7, 11, 3, 8, EOS], [9], [12, 4, EOS, 20, 33, 41, EOS, EOS], [64, 30, 2]]
 
@@ -85,7 +85,7 @@ def test_a_stop_string_is_no_part_of_what_is_judged(tiny_reward_model: Path) -> 
     stop = tokenizer("\nQ")["input_ids"]
     rollout = make_rollout([[5], [6]], [[*said, *stop], stop])
     stopped = replace(rollout, end_B=torch.tensor([1, 1]), stop=("\nQ",), decode=lambda ids: str(tokenizer.decode(ids)))
-    assert reward._judged(stopped) == [[5, *said, end], [6, end]]
+    assert reading.whole(stopped, tokenizer, True, True) == [[5, *said, end], [6, end]]
 
 
 def test_it_is_frozen_in_its_own_dtype_and_its_dropout_is_off(tiny_model: Path, tmp_path: Path) -> None:
@@ -128,15 +128,6 @@ def test_a_completion_beyond_its_context_stops_the_run(tiny_reward_model: Path) 
     reward = source(tiny_reward_model)
     with pytest.raises(RunError, match="reward rm: sample 0 has 65 tokens with its prompt, and the model reads"):
         reward(make_rollout([[5] * 10], [[6] * 54]))
-
-
-def test_another_tokenizer_is_refused(tiny_config: Tree, tiny_model: Path, tmp_path: Path) -> None:
-    folder = reward_model(tiny_model, tmp_path / "rm")
-    train_tokenizer(["other words altogether, and other merges"], 270).save_pretrained(folder)
-    tiny_config["rewards"] = {"rm": {"type": "learned", "path": str(folder)}}
-    with pytest.raises(ValueError, match=r"rewards\.rm\.path=.*its tokenizer is not the policy's \(token '.*' is"):
-        rlkl.train(tiny_config)
-    assert not Path("runs").exists()
 
 
 def two_labels(base: Path, folder: Path) -> Path:

@@ -170,6 +170,20 @@ def test_overlaps_that_cancel_are_marked_and_weigh_nothing():
     assert (result.weight_T.tolist(), result.marked_T.tolist()) == ([0.0], [True])
 
 
+def test_annotators_count_alike_and_one_who_marked_nothing_is_one():
+    spans = (Span(0, 5, "wrong", 1.0, "ann"), Span(0, 2, "wrong", 0.5, "ann"), Span(3, 8, "right", 2.0, "bob"))
+    record = Annotated("1", "Paris is", spans, prompt="Q", annotators=["ann", "bob", "cy"])
+    weights = {"right": 1.0, "wrong": -1.0}
+    made = token_weights(record, make(), weights)
+    ids = make()("Paris is")["input_ids"]
+    assert len(made.ids) == len(ids) == 2  # ann: -1.5 and nothing; bob: 2 and 2; cy: nothing
+    assert made.weight_T.tolist() == pytest.approx([0.5 / 3, 2 / 3]) and made.marked_T.all()
+    made = token_weights(record, make(), weights, unmarked=0.3)  # also for ann's second token, and both of cy's
+    assert made.weight_T.tolist() == pytest.approx([(0.5 + 0.3) / 3, (2 + 0.6) / 3])
+    alone = replace(record, spans=tuple(replace(s, annotator=None) for s in spans), annotators=None)
+    assert token_weights(alone, make(), weights).weight_T.tolist() == pytest.approx([0.5, 2.0])
+
+
 def test_spans_without_a_token_are_dropped_and_counted():
     text = "Paris is the"
     one = record(text, span_of(text, "the", "wrong"), span_of(text, "Paris", "right"))

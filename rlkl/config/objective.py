@@ -84,19 +84,20 @@ class AnnotationsSource(RewardSource):
 
 
 class LearnedSource(RewardSource):
-    """A reward model of one label, such as `rlkl reward-model` makes: it scores the completion, or each of its tokens.
+    """A reward model of one label, such as `rlkl reward-model` makes: it scores completions, their tokens or sentences.
 
-    It must have the policy's tokenizer. One query a completion, though equal ones are scored once.
+    It may have a tokenizer of its own, and then reads the text. One query a completion; equal ones are scored once.
     """
 
     type: Literal["learned"]
     path: str = Field(
         description="local folder or Hub name; facts = the embedded reward model, trained once (about a minute)"
     )
-    level: Literal["sequence", "token"] = Field(
+    level: Literal["sequence", "token", "sentence"] = Field(
         "sequence",
         description="sequence: a sequence-classification model, read and paid at the last policy token; token: a "
-        "causal token-classification model, whose score of a token is paid there, at every policy token",
+        "causal token-classification model, whose score of a token is paid there, at every policy token; sentence: the "
+        "same, read at the last token of every sentence and paid once that has ended",
     )
     missing_eos_penalty: float = Field(
         0.0,
@@ -113,13 +114,13 @@ class LearnedSource(RewardSource):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name in ("missing_eos_penalty", "eos") if self.level == "token" else ():
+        for name in ("missing_eos_penalty", "eos") if self.level != "sequence" else ():
             if (value := getattr(self, name)) != type(self).model_fields[name].default:
                 raise ValueError(
-                    f"{name}={str(value).lower()} with level=token: tokens are scored as they are; drop it"
+                    f"{name}={str(value).lower()} with level={self.level}: what is scored is as it ended; drop it"
                 )
-        if self.level == "token" and self.path == "facts":
-            raise ValueError("path=facts with level=token: the embedded model scores sequences; train one for tokens")
+        if self.level != "sequence" and self.path == "facts":
+            raise ValueError(f"path=facts with level={self.level}: the embedded model scores sequences; train another")
         return self
 
     @property

@@ -60,14 +60,18 @@ class QAData(JudgedData):
 
 
 class SpansData(JudgedData):
-    """Annotated completions, as `rlkl data import` writes them: every token has the weights of its spans."""
+    """Annotated completions, as `rlkl data import` writes them: tokens or sentences have the weights of spans."""
 
     type: Literal["annotated"]
     prompt: str | None = Field(
         None, description="column of texts that takes the place of the prompt; null = the prompt"
     )
-    weights: dict[str, float] = Field(min_length=1, description="label -> score of its tokens; every label needs one")
-    unmarked: float | None = Field(0.0, description="score of tokens without a span; null = nothing is learned of them")
+    weights: dict[str, float] = Field(
+        min_length=1, description="label -> score of what it marks; every label needs one"
+    )
+    unmarked: float | None = Field(
+        0.0, description="score of tokens, or sentences, without a span; null = nothing is learned of them"
+    )
 
 
 class FitConfig(Section):
@@ -90,8 +94,10 @@ class RewardModelConfig(Section):
     """A reward model."""
 
     output: str = Field(min_length=1, description="folder of the model; whole or not at all")
-    kind: Literal["sequence", "token"] = Field(
-        description="sequence: one score, from preference pairs; token: a score a token, from annotated completions"
+    kind: Literal["sequence", "token", "sentence"] = Field(
+        description="sequence: one score, from preference pairs; token: a score a token, from annotated completions; "
+        "sentence: a score at the last token of every sentence, from annotated completions: the sum of the weights of "
+        "the spans that touch it"
     )
     seed: int = Field(0, ge=0, lt=2**32, description="of the split, the score head, the order and the bootstrap")
     model: Model = Field(description="a causal LM whose trunk gets a score head")
@@ -100,8 +106,8 @@ class RewardModelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.kind == "token") != (self.data.type == "annotated"):
-            right = "annotated" if self.kind == "token" else "pairs, hh or qa-feedback"
+        if (self.kind != "sequence") != (self.data.type == "annotated"):
+            right = "annotated" if self.kind != "sequence" else "pairs, hh or qa-feedback"
             raise ValueError(f"data.type={self.data.type} with kind={self.kind}: it learns from data.type={right}")
         if self.model.reference != "initial" or self.model.critic != "trunk":
             key = "reference" if self.model.reference != "initial" else "critic"

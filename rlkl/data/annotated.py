@@ -7,21 +7,22 @@
 
 ``prompt`` may be ``messages``, a list of ``{role, content}``. ``start`` and ``end`` (exclusive) are code points of the
 completion as it stands in the file; spans may overlap. A span may have a ``weight``, by which its label's weight is
-multiplied. ``token_ids`` are the tokens of the completion where they are known; then it is never tokenised again.
-Any other key is a column.
+multiplied, and an ``annotator``, the name of who marked it; then all spans of the record have one. ``annotators`` are
+all who judged the completion, also those who marked nothing; left out, they are those whom spans name. ``token_ids``
+are the tokens of the completion where they are known; then it is never tokenised again. Any other key is a column.
 """
 
 import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rlkl.data import files
 
-KEYS = ("id", "prompt", "messages", "completion", "spans", "token_ids")
+KEYS = ("id", "prompt", "messages", "completion", "spans", "annotators", "token_ids")
 NEAR = 0.85  # a column whose name is as close as this to a key, or to an argument of reward functions, is a slip
 KINDS = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
 REMEDY = "name a .jsonl file of annotated completions, as `rlkl data import` writes it"
@@ -35,6 +36,7 @@ class Span:
     end: int
     label: str
     weight: float = 1.0
+    annotator: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,12 @@ class Annotated:
     messages: list[dict[str, Any]] | None = None
     token_ids: list[int] | None = None
     columns: dict[str, Any] = field(default_factory=dict)
+    annotators: list[str] | None = None
+
+    @property
+    def judges(self) -> int:
+        """How many people's spans these are; nobody named is one."""
+        return len(self.annotators or [None])
 
 
 def read(path: Path) -> list[Annotated]:
@@ -68,7 +76,12 @@ def row(record: Annotated) -> dict[str, Any]:
     """A record as it stands in a file; what is not given is left out."""
     held = {key: getattr(record, key) for key in KEYS}
     held["spans"] = [
-        {key: value for key, value in asdict(span).items() if (key, value) != ("weight", 1.0)} for span in record.spans
+        {
+            key: value
+            for key, value in asdict(span).items()
+            if (key, value) not in (("weight", 1.0), ("annotator", None))
+        }
+        for span in record.spans
     ]
     return {**{key: value for key, value in held.items() if value is not None}, **record.columns}
 
@@ -86,13 +99,15 @@ def parse(where: str, held: Any) -> Annotated:
     for i, span in enumerate(take(where, held, "spans", list)):
         at = f"{where}: spans[{i}]"
         bounds = take(at, span, "start", int), take(at, span, "end", int)
-        if unknown := set(span) - {"start", "end", "label", "weight"}:
-            refuse(at, min(unknown), "unknown; a span has start, end, label and maybe weight")
+        if unknown := set(span) - {"start", "end", "label", "weight", "annotator"}:
+            refuse(at, min(unknown), "unknown; a span has start, end, label and maybe weight and annotator")
         check_bounds(at, completion, *bounds)
         label = named(at, take(at, span, "label", str))
-        spans.append(Span(*bounds, label, number(at, "weight", span.get("weight", 1.0))))
+        who = None if span.get("annotator") is None else named(at, take(at, span, "annotator", str), "annotator")
+        spans.append(Span(*bounds, label, number(at, "weight", span.get("weight", 1.0)), who))
     columns = {name: value for name, value in held.items() if name not in KEYS}
-    return build(where, take(where, held, "id", str), held, completion, spans, held.get("token_ids"), columns)
+    ids, who_all = held.get("token_ids"), held.get("annotators")
+    return build(where, take(where, held, "id", str), held, completion, spans, ids, columns, who_all)
 
 
 def build(
@@ -103,12 +118,13 @@ def build(
     spans: Iterable[Span],
     token_ids: Any = None,
     columns: Mapping[str, Any] | None = None,
+    annotators: Any = None,
 ) -> Annotated:
     """A record, from any format, with the checks that all formats share; ``prompt`` holds ``prompt`` or ``messages``.
 
     Raises:
         ValueError: there is not exactly one of prompt and messages, a text is empty or no Unicode, token ids are none,
-            a number is not finite, or a column has a name that will be mistaken.
+            a number is not finite, annotators are not known, or a column has a name that will be mistaken.
     """
     if not name:
         refuse(where, "id", "empty; every record needs its own")
@@ -130,7 +146,11 @@ def build(
         asked = {"messages": _conversation(where, take(where, prompt, "messages", list))}
     if not asked[given[0]]:
         refuse(where, given[0], "empty; every completion needs what it answers")
-    record = Annotated(name, completion, tuple(spans), token_ids=token_ids, columns=dict(columns or {}), **asked)
+    found = tuple(spans)
+    judged = _annotators(where, found, annotators)
+    record = Annotated(
+        name, completion, found, **asked, token_ids=token_ids, columns=dict(columns or {}), annotators=judged
+    )
     _check_json(where, row(record))
     return record
 
@@ -200,14 +220,15 @@ def check_bounds(where: str, completion: str, start: int, end: int) -> None:
         refuse(where, "", f"{start}:{end} {what} of {len(completion)} code points; correct start and end (exclusive)")
 
 
-def named(where: str, label: str) -> str:
-    """A span's label, which says something.
+def named(where: str, label: str, field: str = "label") -> str:
+    """A span's label or annotator, which says something.
 
     Raises:
         ValueError: it is empty.
     """
     if not label.strip():
-        refuse(where, "label", "empty; name what the span is, or take it out")
+        what = "what the span is, or take it out" if field == "label" else "who marked it, or leave it out"
+        refuse(where, field, f"empty; name {what}")
     return label
 
 
@@ -229,6 +250,30 @@ def number(where: str, name: str, value: Any) -> float:
 def refuse(where: str, name: str, what: str) -> NoReturn:
     """Raise the error of a record: where it stands, which field, and what is wrong with it."""
     raise ValueError(": ".join(part for part in (where, name, what) if part))
+
+
+def _annotators(where: str, spans: Sequence[Span], given: Any) -> list[str] | None:
+    """Who judged a completion: those that are given, or else those whom spans name."""
+    found = dict.fromkeys(span.annotator for span in spans)
+    if given is None and not any(found):
+        return None
+    if given is not None and not (
+        isinstance(given, list)
+        and given
+        and all(isinstance(name, str) and name.strip() for name in given)
+        and len(set(given)) == len(given)
+    ):
+        refuse(
+            where, "annotators", "must be a list of different names, one or more; leave it out where nobody is known"
+        )
+    if None in found:
+        i = [span.annotator for span in spans].index(None)
+        refuse(
+            f"{where}: spans[{i}]", "annotator", "missing, and others are named; name who marked every span, or none"
+        )
+    if given is not None and (missing := [name for name in found if name not in given]):
+        refuse(where, "annotators", f"{missing[0]!r} marked a span and is not among them; add the name")
+    return list(given or found)
 
 
 def _is_ids(value: Any) -> bool:

@@ -16,10 +16,14 @@ from rlkl.data.spans import Decoded, Tokenised
 
 @dataclass(frozen=True)
 class Settled:
-    """``ids`` of the other tokenizer over a completion's text; ``paid`` is the policy's token where each is certain."""
+    """``ids`` of the other tokenizer over a completion's text; ``paid`` is the policy's token where each is certain.
+
+    ``place`` knows which characters each of them writes.
+    """
 
     ids: list[int]
     paid: list[int]
+    place: Tokenised
 
 
 def settled(ids: Sequence[int], decode: Callable[[list[int]], str], text: str, tokenizer: Any) -> Settled:
@@ -32,5 +36,5 @@ def settled(ids: Sequence[int], decode: Callable[[list[int]], str], text: str, t
     gaps = [match.span() for match in re.finditer(r"\s+(?=\S)", text)]
     at = [decoded.certain(begin) for _, begin in gaps] + [len(decoded.ids) - 1]
     over = [end for end, _ in gaps]  # white space itself may be merged into the word after it
-    ends = [end for _, end in Tokenised(cut["offset_mapping"], text).offsets]
-    return Settled(list(cut["input_ids"]), [at[bisect_left(over, end)] for end in ends])
+    place = Tokenised(cut["offset_mapping"], text)
+    return Settled(list(cut["input_ids"]), [at[bisect_left(over, end)] for _, end in place.offsets], place)

@@ -2,6 +2,9 @@
 
 A token is marked by a span if it writes any part of one of its characters: " Canada" by a span over "Canada", and each
 of the tokens that share one character by a span over it. Spans that overlap add up. Special tokens are never marked.
+
+Several annotators of a completion count alike: a token weighs the mean over them, of the sum of an annotator's spans
+over it, or of what unmarked tokens weigh (0 where they are masked) if that annotator left it alone.
 """
 
 from bisect import bisect_left
@@ -143,13 +146,13 @@ def token_weights(
         ValueError: a label has no weight, or the token ids are not those of the completion.
     """
     check_weights([record], weights)
-    ids, place = _tokens(record, tokenizer)
+    ids, place = placed(record, tokenizer)
     if eos_id is not None and record.token_ids is None:
         ids = [*ids, eos_id]
     ids = ids[:limit]
     special = set(tokenizer.all_special_ids)
     found = [[t for t in place.tokens(s.start, s.end) if t < len(ids) and ids[t] not in special] for s in record.spans]
-    weight_T, marked_T = add_up(record.spans, found, weights, len(ids), unmarked)
+    weight_T, marked_T = add_up(record.spans, found, weights, len(ids), unmarked, record.judges)
     covered, dropped = (
         Counter(span.label for span, tokens in zip(record.spans, found, strict=True) if bool(tokens) == kept)
         for kept in (True, False)
@@ -163,20 +166,27 @@ def add_up(
     weights: Mapping[str, float],
     length: int,
     unmarked: float | None,
+    judges: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Weights and marks of ``length`` tokens, from spans and the tokens that each marks."""
-    weight_T, marked_T = torch.zeros(length), torch.zeros(length, dtype=torch.bool)
+    """Weights and marks of ``length`` tokens, from the spans of so many annotators and the tokens that each marks."""
+    weight_T = torch.zeros(length)
+    marked: dict[str | None, Tensor] = {}
     for span, places in zip(spans, tokens, strict=True):
         place_N = torch.tensor(list(places), dtype=torch.long)
-        weight_T[place_N] += weights[span.label] * span.weight
-        marked_T[place_N] = True
+        weight_T[place_N] += weights[span.label] * span.weight / judges
+        marked.setdefault(span.annotator, torch.zeros(length, dtype=torch.bool))[place_N] = True
+    by_T = torch.stack(list(marked.values())).sum(0) if marked else torch.zeros(length, dtype=torch.long)
     if unmarked is None:
-        return weight_T, marked_T
-    return weight_T.where(marked_T, unmarked), torch.ones_like(marked_T)
+        return weight_T, by_T > 0
+    return weight_T + unmarked * (judges - by_T) / judges, torch.ones(length, dtype=torch.bool)
 
 
-def _tokens(record: Annotated, tokenizer: Any) -> tuple[list[int], Decoded | Tokenised]:
-    """The tokens of a completion, and what knows their places: decoding, where it gives the completion back."""
+def placed(record: Annotated, tokenizer: Any) -> tuple[list[int], Decoded | Tokenised]:
+    """The tokens of a completion, and what knows their places: decoding, where it gives the completion back.
+
+    Raises:
+        ValueError: there is no token, or those that are known are not those of the completion.
+    """
     text, fast = record.completion, tokenizer.is_fast
     cut = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast)
     ids = cut["input_ids"] if record.token_ids is None else record.token_ids
@@ -266,6 +276,9 @@ def _columns(
     rows = []
     for record, prompt, one in zip(records, prompts, made, strict=True):
         pairs = zip(record.spans, one.places, strict=True)
-        spans = [{**asdict(span), "tokens": tokens} for span, tokens in pairs]
-        rows.append({**record.columns, **prompt, "id": record.id, "spans": spans})
+        spans = [
+            {**{k: v for k, v in asdict(span).items() if v is not None}, "tokens": tokens} for span, tokens in pairs
+        ]
+        judged = {} if record.annotators is None else {"annotators": record.annotators}
+        rows.append({**record.columns, **prompt, **judged, "id": record.id, "spans": spans})
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}

@@ -15,7 +15,7 @@ from rlkl.data.sources import Record
 from rlkl.data.spans import to_rollout, token_weights
 from rlkl.types import End, Rollout
 
-OWN = ("completion", "spans", "token_ids")  # what a record holds beside its prompt and its columns
+OWN = ("completion", "spans", "annotators", "token_ids")  # what a record holds beside its prompt and its columns
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,13 @@ def train(
     policy, tokenizer = models.from_folder(base, config.model.dtype)
     context = models.context_length(policy)
     del policy
-    (rows, long), (held_rows, held_long) = (data.rows(config.data, r, tokenizer, context) for r in (learned, held))
+    (rows, long), (held_rows, held_long) = (
+        data.rows(config.data, r, tokenizer, context, config.kind) for r in (learned, held)
+    )
     if not any(any(w is not None for w in row.get("target", [0])) for row in rows):
-        raise ValueError("data: no token of the training records has a target; set data.unmarked, or mark some")
+        raise ValueError(
+            "data: no token or sentence of the training records has a target; set data.unmarked, or mark some"
+        )
     dropped = f"; {long + held_long} longer ones left out" if long + held_long else ""
     what = "pairs" if config.kind == "sequence" else "annotated completions"
     print(f"training on {len(rows)} {what}, {len(held_rows)} held out{dropped}", file=sys.stderr, flush=True)
@@ -106,9 +110,11 @@ def evaluate(folder: Path, rows: Sequence[Row], kind: str, seed: int) -> dict[st
     known = [(s, w, row["prompt"]) for score_T, row in zip(scores, rows, strict=True)
              for s, w in zip(score_T.tolist(), row["target"], strict=True) if w is not None]  # fmt: skip
     if not known:
-        raise ValueError("data: no token of the held-out records has a target; set data.unmarked, or hold out others")
+        raise ValueError(
+            "data: no token or sentence of the held-out records has a target; set data.unmarked, or hold out others"
+        )
     score_N, target_N, groups = zip(*known, strict=True)
-    return measure.tokens(np.array(score_N), np.array(target_N), groups, seed)
+    return measure.tokens(np.array(score_N), np.array(target_N), groups, seed, f"{kind}s")
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:

@@ -11,6 +11,7 @@ from rlkl.data import annotated, files, importers, preferences, sources
 from rlkl.data.paired import completion_ids
 from rlkl.data.preferences import SIDES, Record
 from rlkl.data.prompts import rendered, split
+from rlkl.data.sentences import sentence_weights
 from rlkl.data.spans import token_weights
 
 Row = dict[str, Any]
@@ -29,11 +30,14 @@ def records(config: JudgedSource, seed: int) -> tuple[list[Record], list[Record]
     return train, held
 
 
-def rows(config: JudgedSource, found: Sequence[Record], tokenizer: Any, context: int | None) -> tuple[list[Row], int]:
+def rows(
+    config: JudgedSource, found: Sequence[Record], tokenizer: Any, context: int | None, kind: str = "token"
+) -> tuple[list[Row], int]:
     """Records as rows for the trainers, and how many were left out for being too long.
 
     A pair has ``chosen_ids`` and ``rejected_ids``; an annotated completion ``ids`` and ``target``, a score or None a
-    token. Both have the ``prompt`` by which they belong together.
+    token, with ``kind=sentence`` at the last tokens of sentences alone. Both have the ``prompt`` by which they belong
+    together.
 
     Raises:
         ValueError: the tokenizer has no EOS; a row is too long, or all are.
@@ -43,7 +47,7 @@ def rows(config: JudgedSource, found: Sequence[Record], tokenizer: Any, context:
     limit = config.max_tokens or context
     if config.max_tokens is not None and context is not None and config.max_tokens > context:
         raise ValueError(f"data.max_tokens={config.max_tokens}: the model reads {context} at most; lower it")
-    made = [_spans(config, r, tokenizer) if isinstance(config, SpansData) else _pair(r, tokenizer) for r in found]
+    made = [_spans(config, r, tokenizer, kind) if isinstance(config, SpansData) else _pair(r, tokenizer) for r in found]
     sizes = [max(len(ids) for name, ids in row.items() if name.endswith("ids")) for row in made]
     fitting = [row for row, size in zip(made, sizes, strict=True) if limit is None or size <= limit]
     long = len(made) - len(fitting)
@@ -102,12 +106,16 @@ def _pair(record: Record, tokenizer: Any) -> Row:
     return {"prompt": asked["prompt"], **{name: [*prompt, *ids] for name, ids in ends.items()}}
 
 
-def _spans(config: SpansData, record: Record, tokenizer: Any) -> Row:
+def _spans(config: SpansData, record: Record, tokenizer: Any, kind: str) -> Row:
     asked, prompt = rendered({key: record[key] for key in ("messages", "prompt") if key in record}, tokenizer)
-    eos = tokenizer.eos_token_id
-    made = token_weights(_parsed(record), tokenizer, config.weights, config.unmarked, eos_id=eos)
-    target = [w if marked else None for w, marked in zip(made.weight_T.tolist(), made.marked_T.tolist(), strict=True)]
-    return {"prompt": asked["prompt"], "ids": [*prompt, *made.ids], "target": [*[None] * len(prompt), *target]}
+    said, eos = _parsed(record), tokenizer.eos_token_id
+    if kind == "sentence":
+        ids, target = sentence_weights(said, tokenizer, config.weights, config.unmarked, eos)
+    else:
+        made = token_weights(said, tokenizer, config.weights, config.unmarked, eos_id=eos)
+        pairs = zip(made.weight_T.tolist(), made.marked_T.tolist(), strict=True)
+        ids, target = made.ids, [w if marked else None for w, marked in pairs]
+    return {"prompt": asked["prompt"], "ids": [*prompt, *ids], "target": [*[None] * len(prompt), *target]}
 
 
 def _parsed(record: Mapping[str, Any]) -> annotated.Annotated:

@@ -5,7 +5,8 @@ rejected,
 
     L = -mean log sigmoid(s(x, y_chosen) - s(x, y_rejected)).
 
-Token models learn the weights of annotated tokens by regression, over all tokens n of a batch that have one:
+Token models learn the weights of annotated tokens by regression, over all tokens n of a batch that have one (sentence
+models have one at the last token of every sentence, see `rlkl.data.sentences`):
 
     L = mean_n (s_n - w_n)^2,      s_n a function of the tokens up to n.
 

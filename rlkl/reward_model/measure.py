@@ -76,11 +76,11 @@ def pairs(margin_N: Floats, groups: Sequence[Any], seed: int) -> Measured:
     }
 
 
-def tokens(score_N: Floats, target_N: Floats, groups: Sequence[Any], seed: int) -> Measured:
-    """Average precision of low scores for the tokens whose target is below 0, and the mean squared error.
+def tokens(score_N: Floats, target_N: Floats, groups: Sequence[Any], seed: int, unit: str = "tokens") -> Measured:
+    """Average precision of low scores for the tokens, or sentences, with a target below 0, and the mean squared error.
 
-    ``base_rate`` is the share of such tokens, the average precision of chance; ``variance`` of the targets is the
-    error of the best constant. Without such tokens average precision is None.
+    ``base_rate`` is the share of such units, the average precision of chance; ``variance`` of the targets is the
+    error of the best constant. Without such units average precision is None.
     """
     bad_N = target_N < 0
 
@@ -88,7 +88,7 @@ def tokens(score_N: Floats, target_N: Floats, groups: Sequence[Any], seed: int) 
         return average_precision(score_N[i], bad_N[i]) if bad_N[i].any() else float("nan")
 
     error_N = (score_N - target_N) ** 2
-    found: Measured = {"tokens": len(score_N), "records": len(set(groups)), "base_rate": float(bad_N.mean())}
+    found: Measured = {unit: len(score_N), "records": len(set(groups)), "base_rate": float(bad_N.mean())}
     found |= {"squared_error": float(error_N.mean()), "variance": float(target_N.var())}
     intervals = {"squared_error": interval(groups, _mean(error_N), seed)}
     if bad_N.any():
