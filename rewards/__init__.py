@@ -12,6 +12,7 @@ from rlkl.rewards.combine import WeightedSum
 from rlkl.rewards.counterfactual import CounterfactualReward
 from rlkl.rewards.function import FunctionReward
 from rlkl.rewards.learned import LearnedReward
+from rlkl.rewards.overseer import OverseerReward
 from rlkl.rewards.spread import Spread
 
 REWARDS: dict[str, Any] = {
@@ -19,6 +20,7 @@ REWARDS: dict[str, Any] = {
     "annotations": AnnotationReward,
     "learned": LearnedReward,
     "counterfactual": CounterfactualReward,
+    "overseer": OverseerReward,
 }
 
 

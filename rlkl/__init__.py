@@ -22,6 +22,15 @@ class RunError(RuntimeError):
         self.said = said
 
 
+class Outage(RunError):
+    """What a run needs from outside stays away: the last step is saved before the run ends.
+
+    ``item``: which of several questions met it.
+    """
+
+    item = 0
+
+
 class Stopped(BaseException):
     """A run was asked to stop (Ctrl-C, SIGTERM) and did, after a step, with a checkpoint. ``code`` is the exit code.
 

@@ -213,8 +213,8 @@ def _shown(config: Config) -> str:
     """The configuration without absolute paths."""
     tree = dump(config)
     for section in (tree["model"], tree["data"], *tree["rewards"].values()):
-        for key in ("path", "reference"):
-            if key in section:
+        for key in ("path", "reference", "scorer", "model", "cache"):
+            if isinstance(section.get(key), str):
                 section[key] = _public(section[key])
     shown: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     return shown

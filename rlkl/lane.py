@@ -21,7 +21,7 @@ from rlkl.sampling import ALTERNATIVES, EVALUATE, MINIBATCHES, TRAIN, Prompts, p
 from rlkl.trainers import TRAINERS
 from rlkl.types import Need, Rollout, Trainer
 
-STATE = ("step", "beta", "ema", "generated", "queries", "labels", "seconds")
+STATE = ("step", "beta", "ema", "generated", "queries", "labels", "seconds", "due")
 
 
 @dataclass
@@ -29,7 +29,8 @@ class Lane:
     """All the state of one run.
 
     ``step`` is the last one done, ``saved`` that of the newest checkpoint. ``judge`` are the sources that can judge
-    new samples; ``marked`` is the fixed set on which the run measures what annotations moved.
+    new samples; ``marked`` is the fixed set on which the run measures what annotations moved. ``due`` is the row of the
+    last step, while its evaluation is not done.
     """
 
     config: Config
@@ -48,6 +49,7 @@ class Lane:
     queries: int = 0
     labels: int = 0
     seconds: float = 0.0
+    due: dict[str, float] | None = None
     step: int = 0
     saved: int = 0
     forward: Any = None

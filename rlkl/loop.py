@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from rlkl import (
+    Outage,
     RunError,
     Stopped,
     artefacts,
@@ -43,18 +44,13 @@ def run(
 
     Raises:
         Stopped: ``asked()`` gave an exit code; every lane has a checkpoint of its last step.
+        RunError: a step failed; where the fault was outside, every lane has a checkpoint of its last step, too.
     """
     both = list(zip(lanes, trackers, strict=True))
-    for lane, tracker in both:
-        lane.place(accelerator)
-        tracker.say(*terminal.notices(lane, accelerator), *tracker.notes)
-        begin(lane, tracker)
-    for step in range(1, max(lane.config.train.steps for lane in lanes) + 1):
-        if code := asked():
-            stop(both, code)
-        for lane, tracker in both:
-            if lane.step < step <= lane.config.train.steps and budget.reached(lane) is None:
-                advance(lane, tracker, step, accelerator)
+    try:
+        drive(both, accelerator, asked)
+    except Outage as error:
+        raise RunError(f"{error}; {keep(both)}") from error
     for lane, tracker in both:
         tracker.say(*(terminal.show(tracker.folder) if tracker.main else ()))
         if tracker.main:
@@ -65,18 +61,36 @@ def run(
             card.write(tracker.folder, tracker.folder / "final", lane.policy.adapted)
 
 
+def drive(both: list[tuple[Lane, tracking.Tracker]], accelerator: Accelerator, asked: Callable[[], int]) -> None:
+    """Every step of every lane."""
+    for lane, tracker in both:
+        lane.place(accelerator)
+        tracker.say(*terminal.notices(lane, accelerator), *tracker.notes)
+        begin(lane, tracker)
+    for step in range(1, max(lane.config.train.steps for lane, _ in both) + 1):
+        if code := asked():
+            stop(both, code)
+        for lane, tracker in both:
+            if lane.step < step <= lane.config.train.steps and budget.reached(lane) is None:
+                advance(lane, tracker, step, accelerator)
+
+
 def stop(both: list[tuple[Lane, tracking.Tracker]], code: int) -> NoReturn:
     """Save every lane and leave.
 
     Raises:
         Stopped: always.
     """
+    raise Stopped(keep(both), code, said=not both[0][1].main)
+
+
+def keep(both: list[tuple[Lane, tracking.Tracker]]) -> str:
+    """Save the last step of every lane, and say so."""
     for lane, tracker in both:
         if lane.step > lane.saved:
             checkpoint.save(lane, tracker.folder, lane.config.save.keep, tracker.main)
     done = max(lane.step for lane, _ in both)
-    message = f"stopped after step {done}; go on with --resume" if done else "stopped before the first step"
-    raise Stopped(message, code, said=not both[0][1].main)
+    return f"stopped after step {done}; go on with --resume" if done else "stopped before the first step"
 
 
 def begin(lane: Lane, tracker: tracking.Tracker) -> None:
@@ -84,6 +98,10 @@ def begin(lane: Lane, tracker: tracking.Tracker) -> None:
     if lane.step:
         tracker.say(f"resumed after step {lane.step} of {lane.config.train.steps}")
         lane.marked = lane.marked or moved.kept(tracker.folder, lane.rank, lane.ranks, lane.device)
+        if lane.due is not None:
+            lane.reward.at(lane.step)
+            assess(lane, tracker, lane.step, lane.due)
+            lane.due = None
         return
     kept = tracker.folder / "reference"
     artefacts.save_reference(lane.policy, lane.config, lane.tokenizer, kept, tracker.main)
@@ -119,7 +137,9 @@ def advance(lane: Lane, tracker: tracking.Tracker, step: int, accelerator: Accel
     metrics |= {f"budget/ended/{bound}": 1.0} if bound else {}
     tracker.screen.step(step, metrics, lane.config.log.every)
     if step % lane.config.evaluate.every == 0 or ends:
+        lane.due = metrics  # should the evaluation find no judge
         assess(lane, tracker, step, metrics)
+        lane.due = None
     else:
         tracker.metrics(step, metrics)
     tracker.say(*budget.told(lane, bound))
@@ -136,7 +156,7 @@ def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, flo
     try:
         rewards = lane.reward(rollout, training=True)
     except RunError as error:
-        raise RunError(f"step {step}: {error}") from error
+        raise type(error)(f"step {step}: {error}") from error
     if config.trainer.type == "dpo" and rollout.pair_B is None:
         rollout = pairs.ranked(rollout, rewards)
     clock.lap("reward")
@@ -264,7 +284,7 @@ def assess(lane: Lane, tracker: tracking.Tracker, step: int, metrics: Mapping[st
         if step == 0 and lane.marked is None:
             lane.marked = moved.labelled(result.rollout, lane.reward.sources)
     except RunError as error:
-        raise RunError(f"evaluation at step {step}: {error}") from error
+        raise type(error)(f"evaluation at step {step}: {error}") from error
     if lane.marked is not None:
         shifts = moved.measure(lane.forward, lane.marked, config.train.micro_batch)
         result = replace(result, metrics=result.metrics | shifts)

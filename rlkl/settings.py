@@ -195,7 +195,8 @@ def finished(folder: Path) -> bool:
 def decisive(config: Config) -> dict[str, Any]:
     """What decides a run's results: its resolved keys, dotted, without those of its output."""
     leaves = flat({key: value for key, value in dump(config).items() if key not in OUTPUT})
-    return {key: value for key, value in leaves if key != "train.shard"}  # where parameters lie
+    idle = {f"rewards.{name}.{key}" for name, s in config.rewards.items() for key in getattr(s, "logistics", ())}
+    return {key: value for key, value in leaves if key not in {"train.shard", *idle}}  # where parameters lie
 
 
 def differences(folder: Path, config: Config) -> list[str]:

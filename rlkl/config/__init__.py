@@ -40,6 +40,7 @@ from rlkl.config.objective import (
     TokenLikelihoodTrainer,
     TrainerConfig,
 )
+from rlkl.config.overseer import OverseerSource
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 RESERVED = ("total", "queries", "labels")  # metrics beside those of the sources
@@ -266,6 +267,7 @@ __all__ = [
     "Model",
     "ModelSection",
     "OptimiserConfig",
+    "OverseerSource",
     "PPOTrainer",
     "PairsData",
     "PretrainedModel",

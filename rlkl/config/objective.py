@@ -6,6 +6,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from rlkl.config.base import Positive, RewardSource, Section
 from rlkl.config.counterfactual import CounterfactualSource
+from rlkl.config.overseer import OverseerSource
 
 GRADIENT: dict[tuple[str, str], str] = {
     ("reward", "k1"): "reverse KL of the sequence (window=full); token-conditional reverse KL (window=own)",
@@ -314,7 +315,8 @@ class KLConfig(Section):
 
 
 Source = Annotated[
-    FunctionSource | AnnotationsSource | LearnedSource | CounterfactualSource, Field(discriminator="type")
+    FunctionSource | AnnotationsSource | LearnedSource | CounterfactualSource | OverseerSource,
+    Field(discriminator="type"),
 ]
 TrainerConfig = Annotated[
     ReinforceTrainer | PPOTrainer | TokenLikelihoodTrainer | DPOTrainer, Field(discriminator="type")
