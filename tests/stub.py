@@ -24,11 +24,13 @@ def completion(answer: Answer, finish: str = "stop") -> dict[str, Any]:
 class Stub:
     """``answer(question)`` is the reply; what is in ``faults`` comes first, each once: (status, headers, body).
 
-    ``down`` is the status of every reply, where it is not None. ``slow`` is the time that a reply takes, seconds.
+    ``down`` is the status of every reply, where it is not 0, and ``said`` its text. ``slow`` is the
+    time that a reply takes, seconds.
     """
 
     def __init__(self, answer: Callable[[str], Answer], port: int = 0) -> None:
         self.answer, self.faults, self.down, self.slow = answer, list[Any](), 0, 0.0
+        self.said = "down"
         self.asked, self.headers, self.times = list[dict[str, Any]](), list[dict[str, str]](), list[float]()
         self.flying, self.most = 0, 0
         lock = threading.Lock()
@@ -49,7 +51,7 @@ class Stub:
                     fault = stub.faults.pop(0) if stub.faults else None
                 time.sleep(stub.slow)
                 if stub.down:
-                    fault = (stub.down, {}, "down")
+                    fault = (stub.down, {}, stub.said)
                 with lock:
                     stub.flying -= 1
                 status, headers, text = fault or (200, {}, None)

@@ -1187,3 +1187,4 @@ def test_the_walk_finds_keys_at_every_depth():
 
 
 import test_budget  # noqa: E402, F401 - its tests show keys too
+import test_overseer  # noqa: E402, F401

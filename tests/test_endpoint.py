@@ -72,7 +72,7 @@ def test_an_endpoint_that_stays_dead_is_given_up_after_so_many_tries(stub: Stub,
         made(stub, tmp_path).ask(bodies("four"), number)
     assert len(stub.asked) == 4
     stub.close()
-    with pytest.raises(Outage, match="no answer after 2 tries .ConnectError"):
+    with pytest.raises(Outage, match=r"no answer after 2 tries .ConnectError"):
         made(stub, tmp_path, retries=1).ask(bodies("four"), number)
 
 
@@ -113,7 +113,7 @@ def test_a_server_that_asks_for_an_hour_ends_the_run_at_once(stub: Stub, tmp_pat
 def test_a_request_has_so_much_time(stub: Stub, tmp_path: Path) -> None:
     stub.slow = 2
     started = time.monotonic()
-    with pytest.raises(Outage, match="after 2 tries .ReadTimeout"):
+    with pytest.raises(Outage, match=r"after 2 tries .ReadTimeout"):
         made(stub, tmp_path, timeout=0.2, retries=1).ask(bodies("four"), number)
     assert time.monotonic() - started < 1.5
 

@@ -2,21 +2,19 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from conftest import SENTENCES, Tree, metrics
+from conftest import SENTENCES
 from stub import Stub
 from test_config_effects import shows
 from test_counterfactual import rollout_of
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
-import rlkl
-from rlkl import Outage, RunError, checkpoint, cli, models, settings
+from rlkl import Outage, RunError, models
 from rlkl.config import OverseerSource
 from rlkl.endpoint import NoAnswer
 from rlkl.rewards.judges import disjoint, judged
@@ -24,10 +22,8 @@ from rlkl.rewards.overseer import OverseerReward
 from rlkl.tasks.pretrain import train_tokenizer
 from rlkl.types import Rollout
 
-ROOT = Path(__file__).parents[1]
 ROWS = [("Line 1:", " a quick fox"), ("Line 2:", " a dog"), ("Line 1:", " a quick fox"), ("Line 2:", " lazy")]
-TEMPLATE = "{prompt}{completion} -> "
-KEY = "sk-very-secret-7"
+TEMPLATE = "{prompt}{completion} ->"
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +62,7 @@ def local(folder: Path, **keys: Any) -> OverseerReward:
 
 def remote(stub: Stub, folder: Path, **keys: Any) -> OverseerReward:
     given = {"ratings": {"1": 1.0, "2": 2.0, "9": 9.0}, "retries": 1, "backoff": 0.01, "timeout": 5}
-    return OverseerReward("judge", source(endpoint=stub.url, cache=str(folder / "kept"), **{**given, **keys}))
+    return OverseerReward("judge", source(endpoint=stub.url, **{"cache": str(folder / "kept"), **given, **keys}))
 
 
 @pytest.fixture
@@ -101,13 +97,14 @@ def p_next(folder: Path, ids: Sequence[int]) -> Any:
 # The local judge
 
 
+@shows("rewards.overseer.ratings")
 def test_the_expected_rating_is_that_of_the_judges_own_logits(judge_model: Path, rollout: Rollout) -> None:
     tokenizer = AutoTokenizer.from_pretrained(judge_model)
     result = local(judge_model, micro_batch=2)(rollout)
     (one,), (two,), ten = (tokenizer(answer)["input_ids"] for answer in ("1", "2", "10"))
     assert len(ten) == 2 and ten[0] == one  # the longer rating begins with the shorter one
     for i, (x, y) in enumerate(ROWS):
-        asked = tokenizer(f"{x}{y} -> ")["input_ids"]
+        asked = tokenizer(f"{x}{y} ->")["input_ids"]
         first, then = p_next(judge_model, asked), p_next(judge_model, [*asked, one])
         p = [first[one] * (1 - then[ten[1]]), first[two], first[one] * then[ten[1]]]
         expected = (p[0] + 2 * p[1] + 10 * p[2]) / sum(p)
@@ -117,6 +114,7 @@ def test_the_expected_rating_is_that_of_the_judges_own_logits(judge_model: Path,
     assert result.queries == 4 and not result.value_BT.requires_grad
 
 
+@shows("rewards.overseer.score")
 def test_log_odds_are_those_of_the_better_rating(judge_model: Path, rollout: Rollout) -> None:
     tokenizer = AutoTokenizer.from_pretrained(judge_model)
     odds = {"score": "log_odds", "template": "{prompt}{completion} Good?"}
@@ -132,6 +130,25 @@ def test_log_odds_are_those_of_the_better_rating(judge_model: Path, rollout: Rol
         expected = logp(asked, yes) - logp(asked, no)
         assert float(result.value_BT[i].sum()) == pytest.approx(expected, rel=1e-5)
         assert float(other.value_BT[i].sum()) == pytest.approx(-expected, rel=1e-5)
+
+
+@shows("rewards.overseer.micro_batch")
+def test_how_many_rows_are_read_together_changes_nothing(
+    judge_model: Path, rollout: Rollout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, most = [], list[int]()
+    for size in (1, 4):
+        reward, read = local(judge_model, micro_batch=size), list[int]()
+        own = reward.judge.model.forward  # type: ignore[union-attr]
+
+        def forward(state: Any, own: Any = own, read: list[int] = read) -> Any:
+            read.append(len(state.input_BS))
+            return own(state)
+
+        monkeypatch.setattr(reward.judge.model, "forward", forward)  # type: ignore[union-attr]
+        found.append(reward(rollout).value_BT.sum(-1).tolist())
+        most.append(max(read))
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and most == [1, 4]
 
 
 def test_equal_questions_are_read_once(judge_model: Path, rollout: Rollout, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +169,7 @@ def test_nested_ratings_are_disjoint() -> None:
     assert certain["1"] == -math.inf
 
 
+@shows("rewards.overseer.chat")
 def test_the_chat_template_lays_the_question_out(judge_model: Path, rollout: Rollout, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rewards\.judge\.chat=true: .* has no chat template"):
         local(judge_model, chat=True)
@@ -160,7 +178,7 @@ def test_the_chat_template_lays_the_question_out(judge_model: Path, rollout: Rol
     model.save_pretrained(tmp_path / "chat")
     tokenizer.save_pretrained(tmp_path / "chat")
     chat = local(tmp_path / "chat", chat=True)(rollout)
-    plain = local(judge_model, template="<user>{prompt}{completion} -> |")(rollout)
+    plain = local(judge_model, template="<user>{prompt}{completion} ->|")(rollout)
     assert chat.value_BT.tolist() == plain.value_BT.tolist() != local(judge_model)(rollout).value_BT.tolist()
 
 
@@ -183,20 +201,22 @@ def test_a_rating_that_the_tokenizer_joins_with_the_question_is_refused(judge_mo
         local(judge_model, template="{prompt}{completion} qui", ratings={"ck": 1.0, "1": 2.0})(rollout)
 
 
+@shows("rewards.overseer.template")
 def test_a_column_that_is_not_there_is_named_before_the_first_step(judge_model: Path, rollout: Rollout) -> None:
     reward = local(judge_model, template="{qestion}{completion}")
     with pytest.raises(ValueError, match=r"there is no text \{qestion\}; use prompt, gold, completion \(on a few"):
         reward.probe(rollout)
-    plain, gold = (local(judge_model, template=t)(rollout) for t in (TEMPLATE, "{gold}{completion} {{-> "))
+    plain, gold = (local(judge_model, template=t)(rollout) for t in (TEMPLATE, "{gold}{completion} {{->"))
     assert plain.value_BT.tolist() != gold.value_BT.tolist()
 
 
 # The endpoint
 
 
+@shows("rewards.overseer.type", "rewards.overseer.endpoint", "rewards.overseer.model", "rewards.overseer.cache")
 def test_ratings_come_from_the_first_tokens_of_replies(stub: Stub, rollout: Rollout, tmp_path: Path) -> None:
     result = remote(stub, tmp_path)(rollout)
-    asked = [f"{x}{y} -> " for x, y in ROWS]
+    asked = [f"{x}{y} ->" for x, y in ROWS]
     assert result.value_BT.sum(-1).tolist() == pytest.approx([rated(question) for question in asked])
     assert sorted(stub.questions) == sorted(set(asked)) and result.queries == 4
     body = stub.asked[0]
@@ -215,6 +235,7 @@ def test_log_odds_of_an_endpoint(stub: Stub, rollout: Rollout, tmp_path: Path) -
         remote(stub, tmp_path, ratings={"yes": 1.0, "no": 0.0}, score="log_odds", cache=str(tmp_path / "x"))(rollout)
 
 
+@shows("rewards.overseer.read")
 @pytest.mark.parametrize("text", ["2", " 2\n", "2.", "The end is fine.\n\n2"])
 def test_a_text_is_read_only_where_it_is_asked_for(stub: Stub, rollout: Rollout, tmp_path: Path, text: str) -> None:
     stub.answer = lambda question: text
@@ -233,6 +254,7 @@ def test_a_reply_that_is_no_rating_names_the_sample_and_is_never_zero(
         remote(stub, tmp_path, read="text", min_mass=0.5)(rollout)
 
 
+@shows("rewards.overseer.min_mass")
 def test_first_tokens_that_are_no_rating_name_the_sample(stub: Stub, rollout: Rollout, tmp_path: Path) -> None:
     stub.answer = lambda question: {"The": 0.7, "2": 0.2} if "dog" in question else {"1": 1.0}
     with pytest.raises(Outage, match=r"sample 1: .* puts 0\.2 of its .*, min_mass is 0\.5.*first token: 'The' 0\.7"):
@@ -246,6 +268,37 @@ def test_a_text_that_was_cut_is_no_rating(stub: Stub, rollout: Rollout, tmp_path
     stub.faults = [(200, {}, json.dumps(completion("1", "length")))]
     with pytest.raises(Outage, match=r"was cut, raise parameters\.max_tokens"):
         remote(stub, tmp_path, read="text", min_mass=0.5, concurrency=1)(rollout)
+
+
+@shows("rewards.overseer.parameters", "rewards.overseer.top_logprobs")
+def test_parameters_are_added_to_each_request(stub: Stub, rollout: Rollout, tmp_path: Path) -> None:
+    parameters = {"max_tokens": None, "max_completion_tokens": 1, "extra": {"thinking": False}}
+    remote(stub, tmp_path, parameters=parameters, top_logprobs=5)(rollout)
+    body = stub.asked[0]
+    assert "max_tokens" not in body and body["max_completion_tokens"] == 1 and body["extra"] == {"thinking": False}
+    assert body["top_logprobs"] == 5
+
+
+@shows("rewards.overseer.api_key_env")
+def test_the_key_comes_from_the_environment(
+    stub: Stub, rollout: Rollout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "sk-1")
+    remote(stub, tmp_path, api_key_env="JUDGE_KEY")(rollout)
+    assert {headers["Authorization"] for headers in stub.headers} == {"Bearer sk-1"}
+
+
+@shows(*(f"rewards.overseer.{key}" for key in ("timeout", "retries", "backoff", "concurrency")))
+def test_how_the_endpoint_is_asked_is_as_configured(stub: Stub, rollout: Rollout, tmp_path: Path) -> None:
+    stub.slow, stub.faults = 0.1, [(500, {}, "")]
+    remote(stub, tmp_path, backoff=0.8, concurrency=1)(rollout)
+    assert stub.most == 1 and stub.times[1] - stub.times[0] > 0.4
+    remote(stub, tmp_path / "other", concurrency=3)(rollout)
+    assert stub.most == 3 and len(stub.asked) == 7
+    stub.slow = 0.5
+    with pytest.raises(Outage, match=r"no answer after 3 tries .ReadTimeout"):
+        remote(stub, tmp_path / "third", timeout=0.1, retries=2, concurrency=1)(rollout)
+    assert len(stub.asked) == 10
 
 
 def test_probing_tells_a_mistake_from_a_fault(stub: Stub, rollout: Rollout, tmp_path: Path) -> None:
@@ -298,151 +351,3 @@ def test_a_key_that_is_not_set_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
     ratings = {"1": 1.0, "2": 2.0}
     with pytest.raises(ValueError, match=r"rewards\.judge\.api_key_env=NO_SUCH_KEY: .* is not set; export it"):
         OverseerReward("judge", source(endpoint="http://h/v1", api_key_env="NO_SUCH_KEY", ratings=ratings))
-
-
-# Runs
-
-
-@pytest.fixture
-def run(tiny_config: Tree, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
-    """Six steps on the stub's ratings; the last checkpoint of its own accord is that of step 2."""
-    monkeypatch.setenv("JUDGE_KEY", KEY)
-    judge = {
-        "type": "overseer",
-        "endpoint": stub.url,
-        "model": "judge",
-        "template": TEMPLATE,
-        "ratings": {"1": 1.0, "2": 2.0},
-        "api_key_env": "JUDGE_KEY",
-        "retries": 1,
-        "backoff": 0.01,
-        "cache": str(tmp_path / "kept"),
-    }
-    more = {"train": {"steps": 6}, "save": {"every": 2}, "evaluate": {**tiny_config["evaluate"], "every": 4}}
-    config = {**tiny_config, **more, "rewards": {"judge": judge}}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    return config
-
-
-def dies(stub: Stub, after: int) -> None:
-    """The server answers so many more requests, then it stays away."""
-    count = [0]
-
-    def answer(question: str) -> dict[str, float]:
-        count[0] += 1
-        if count[0] >= after:
-            stub.down = 503
-        return rate(question)
-
-    stub.answer = answer
-
-
-@pytest.mark.parametrize("trainer", ["reinforce", "ppo", "dpo", "token_likelihood"])
-def test_every_trainer_learns_from_a_judge(run: Tree, trainer: str) -> None:
-    words = [f"trainer.type={trainer}", "train.steps=2"]
-    words += ["trainer.loss=signed"] if trainer == "token_likelihood" else []
-    rows = metrics(rlkl.train(run, words))
-    assert 1 < rows[0]["reward/eval/judge"] < 2 and rows[-1]["kl/sequence"] > 0
-    assert rows[-1]["reward/queries"] == 8
-
-
-def test_an_endpoint_that_stays_dead_stops_the_run_with_a_checkpoint(
-    run: Tree, stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole = metrics(rlkl.train(run, ["name=whole", f"rewards.judge.cache={tmp_path}/other"]))
-    dies(stub, 22)
-    assert cli.main(["train", "config.yaml"]) == 1
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rlkl:")]
-    assert "/v1: no answer after 2 tries (status 503: down); stopped after step" in said and "error.txt" in said
-    last = metrics(tmp_path / "runs/tiny")[-1]["step"]
-    assert checkpoint.steps(tmp_path / "runs/tiny") == [last] and last in (1, 3, 5)  # not one that was due
-    assert f"step {last + 1}: reward judge: sample" in said
-    assert not (tmp_path / "runs/tiny/final").exists()
-    assert cli.main(["train", "config.yaml", "--resume"]) == 1  # still
-    assert checkpoint.steps(tmp_path / "runs/tiny") == [last]
-    stub.down, stub.answer = 0, rate
-    assert cli.main(["train", "config.yaml", "--resume"]) == 0
-    assert metrics(tmp_path / "runs/tiny") == whole
-
-
-def test_an_endpoint_that_dies_in_an_evaluation_loses_no_step(run: Tree, stub: Stub, tmp_path: Path) -> None:
-    whole = metrics(rlkl.train(run, ["name=whole", f"rewards.judge.cache={tmp_path}/other"]))
-    folder, count = tmp_path / "runs/tiny", [0]
-
-    def answer(question: str) -> dict[str, float]:
-        rows = metrics(folder) if (folder / "metrics.jsonl").exists() else []
-        count[0] += bool(rows) and rows[-1]["step"] == 3
-        if count[0] > 4:  # step 4 itself asks at most 4 questions
-            stub.down = 503
-        return rate(question)
-
-    stub.answer = answer
-    run["rollout"]["prompts"] = 2
-    with pytest.raises(RunError, match="evaluation at step 4: reward judge: .*; stopped after step 4"):
-        rlkl.train(run)
-    assert checkpoint.steps(folder) == [4] and metrics(folder)[-1]["step"] == 3
-    stub.down, stub.answer = 0, rate
-    assert metrics(rlkl.train(run, resume=True)) == whole
-
-
-def test_an_endpoint_that_is_dead_at_the_start_leaves_nothing(
-    run: Tree, stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    stub.down = 503
-    assert cli.main(["train", "config.yaml"]) == 1
-    assert "no answer after 2 tries" in capsys.readouterr().err
-    stub.down = 401
-    assert cli.main(["train", "config.yaml"]) == 2
-    assert "status 401: down" in capsys.readouterr().err
-    assert not (tmp_path / "runs/tiny").exists()
-
-
-def test_a_dead_endpoint_is_a_crashed_arm_of_a_comparison(run: Tree, stub: Stub, tmp_path: Path) -> None:
-    steady = {"varied": {"type": "function", "path": "conftest:varied"}}
-    arms = {"judged": {}, "steady": {"rewards": {"judge": None, **steady}}}
-    arms["steady"] = {"rewards": steady}
-    base = {**run, "train": {"steps": 2}}
-    (tmp_path / "both.yaml").write_text(
-        yaml.safe_dump({"name": "both", "base": {k: v for k, v in base.items() if k != "rewards"},
-                        "arms": {"judged": {"rewards": run["rewards"]}, "steady": {"rewards": steady}},
-                        "gold": None, "seeds": [0]})
-    )  # fmt: skip
-    stub.down = 503
-    assert arms and cli.main(["compare", "both.yaml"]) == 1
-
-
-def test_the_key_is_in_no_file_of_a_run(run: Tree, stub: Stub, tmp_path: Path) -> None:
-    folder = rlkl.train(run, ["train.steps=2"])
-    stub.faults = [(401, {}, f"your key {KEY}")]
-    with pytest.raises(RunError):
-        rlkl.train(run, ["name=refused", f"rewards.judge.cache={tmp_path}/other"])
-    assert all(headers["Authorization"] == f"Bearer {KEY}" for headers in stub.headers)
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert folder / "final/README.md" in [path.resolve() for path in files] or (folder / "final/README.md").is_file()
-    assert [path for path in files if KEY.encode() in path.read_bytes()] == []
-
-
-def test_how_the_endpoint_is_reached_may_change_on_resume(run: Tree, tmp_path: Path) -> None:
-    config = settings.load(run)
-    changes = {"timeout": 9.0, "retries": 9, "backoff": 9.0, "concurrency": 9, "cache": "x", "api_key_env": "OTHER"}
-    other = settings.load(run, [f"rewards.judge.{key}={value}" for key, value in changes.items()])
-    assert settings.decisive(config) == settings.decisive(other)
-    assert settings.decisive(config) != settings.decisive(settings.load(run, ["rewards.judge.min_mass=0.1"]))
-
-
-def test_the_example_runs_against_a_server_that_counts_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlkl.tasks import facts
-
-    def count(question: str) -> dict[str, float]:
-        said = question.partition("false:")[2].partition("\n")[0]
-        right = round(3 * facts.gold([""], [said])[0])
-        return {str(n): 0.97 if n == right else 0.01 for n in range(4)}
-
-    stub = Stub(count)
-    monkeypatch.chdir(tmp_path)
-    words = [f"rewards.judge.endpoint={stub.url}", "train.steps=2", "evaluate.every=2", "evaluate.prompts=4", "log.with=[]"]
-    rows = metrics(rlkl.train(ROOT / "configs/rewards/overseer.yaml", [*words, f"rewards.judge.cache={tmp_path}/kept"]))
-    stub.close()
-    for row in (rows[0], rows[-1]):
-        gold = row["reward/eval/gold"]
-        assert row["reward/eval/judge"] == pytest.approx(0.96 * gold + 0.02, abs=1e-3)
