@@ -256,6 +256,7 @@ def _together(
                     done.put((item, work(item), None))
                 except BaseException as error:
                     done.put((item, math.nan, error))
+                    halted.set()
 
     for _ in range(min(limit, len(items))):
         threading.Thread(target=loop, daemon=True).start()

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -44,7 +43,7 @@ def run(
 
     Raises:
         Stopped: ``asked()`` gave an exit code; every lane has a checkpoint of its last step.
-        RunError: a step failed; where the fault was outside, every lane has a checkpoint of its last step, too.
+        RunError: a step failed; where that was an outage, the same.
     """
     both = list(zip(lanes, trackers, strict=True))
     try:
@@ -69,19 +68,10 @@ def drive(both: list[tuple[Lane, tracking.Tracker]], accelerator: Accelerator, a
         begin(lane, tracker)
     for step in range(1, max(lane.config.train.steps for lane, _ in both) + 1):
         if code := asked():
-            stop(both, code)
+            raise Stopped(keep(both), code, said=not both[0][1].main)
         for lane, tracker in both:
             if lane.step < step <= lane.config.train.steps and budget.reached(lane) is None:
                 advance(lane, tracker, step, accelerator)
-
-
-def stop(both: list[tuple[Lane, tracking.Tracker]], code: int) -> NoReturn:
-    """Save every lane and leave.
-
-    Raises:
-        Stopped: always.
-    """
-    raise Stopped(keep(both), code, said=not both[0][1].main)
 
 
 def keep(both: list[tuple[Lane, tracking.Tracker]]) -> str:
