@@ -21,7 +21,7 @@ from rlkl.config import Config
 from rlkl.data import files
 from rlkl.lane import STATE, Lane
 from rlkl.sharding import gathered
-from rlkl.tracking import read_rows
+from rlkl.tracking import Tracker, read_rows
 
 
 def check(folder: Path, config: Config) -> None:
@@ -98,6 +98,15 @@ def load_rewards(folder: Path) -> dict[str, dict[str, Any]]:
         name, _, own = key.partition("/")
         state[name][own] = x
     return state
+
+
+def keep(both: list[tuple[Lane, Tracker]]) -> str:
+    """Save the last step of every lane, where it is not yet, and say so; to be called by all processes."""
+    for lane, tracker in both:
+        if lane.step > lane.saved:
+            save(lane, tracker.folder, lane.config.save.keep, tracker.main)
+    done = max(lane.step for lane, _ in both)
+    return f"stopped after step {done}; go on with --resume" if done else "stopped before the first step"
 
 
 def fingerprint(lane: Lane) -> str:

@@ -49,7 +49,7 @@ def run(
     try:
         drive(both, accelerator, asked)
     except Outage as error:
-        raise RunError(f"{error}; {keep(both)}") from error
+        raise RunError(f"{error}; {checkpoint.keep(both)}") from error
     for lane, tracker in both:
         tracker.say(*(terminal.show(tracker.folder) if tracker.main else ()))
         if tracker.main:
@@ -68,19 +68,10 @@ def drive(both: list[tuple[Lane, tracking.Tracker]], accelerator: Accelerator, a
         begin(lane, tracker)
     for step in range(1, max(lane.config.train.steps for lane, _ in both) + 1):
         if code := asked():
-            raise Stopped(keep(both), code, said=not both[0][1].main)
+            raise Stopped(checkpoint.keep(both), code, said=not both[0][1].main)
         for lane, tracker in both:
             if lane.step < step <= lane.config.train.steps and budget.reached(lane) is None:
                 advance(lane, tracker, step, accelerator)
-
-
-def keep(both: list[tuple[Lane, tracking.Tracker]]) -> str:
-    """Save the last step of every lane, and say so."""
-    for lane, tracker in both:
-        if lane.step > lane.saved:
-            checkpoint.save(lane, tracker.folder, lane.config.save.keep, tracker.main)
-    done = max(lane.step for lane, _ in both)
-    return f"stopped after step {done}; go on with --resume" if done else "stopped before the first step"
 
 
 def begin(lane: Lane, tracker: tracking.Tracker) -> None:
