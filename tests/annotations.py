@@ -1,5 +1,6 @@
 """Annotated completions for tests: random ones, full of characters that are easily miscounted."""
 
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -24,6 +25,10 @@ def spans(draw: Any, text: str) -> Span:
 def annotated(draw: Any) -> Annotated:
     """A record with any of the fields that one may have."""
     completion = draw(TEXT)
+    marked = draw(st.lists(spans(completion), max_size=4))
+    people = draw(st.none() | st.lists(st.sampled_from(["ann", "bob", "é 😀"]), min_size=1, unique=True))
+    if people is not None:
+        marked = [replace(span, annotator=draw(st.sampled_from(people))) for span in marked]
     message = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": TEXT})
     asked: dict[str, Any] = draw(
         st.fixed_dictionaries({"prompt": TEXT}) | st.fixed_dictionaries({"messages": st.lists(message, min_size=1)})
@@ -31,7 +36,8 @@ def annotated(draw: Any) -> Annotated:
     return Annotated(
         id=draw(TEXT),
         completion=completion,
-        spans=tuple(draw(st.lists(spans(completion), max_size=4))),
+        spans=tuple(marked),
+        annotators=people,
         token_ids=draw(st.none() | st.lists(st.integers(0, 9), min_size=1, max_size=5)),
         columns=draw(st.dictionaries(st.sampled_from(["gold", "text", "label", "rlkl", "data"]), JSON, max_size=3)),
         **asked,

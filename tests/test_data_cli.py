@@ -154,6 +154,29 @@ def test_check_counts_tokens_with_a_tokenizer(capsys, tiny_model):
     assert "weights: none for 'bad' (record '1'); every label" in refused(capsys, *command, "--weights", "good=4")
 
 
+def test_check_reports_how_far_annotators_agree(capsys, tiny_model):
+    def judged(name: str, *spans: tuple[int, int, str, str]) -> dict[str, object]:
+        held = [dict(zip(("start", "end", "label", "annotator"), span, strict=True)) for span in spans]
+        return {"id": name, "prompt": "Q", "completion": "abcd", "spans": held, "annotators": ["ann", "bob"]}
+
+    two = [(0, 2, "bad", "ann"), (0, 1, "bad", "bob"), (3, 4, "good", "ann"), (3, 4, "bad", "bob")]
+    alone = {"id": "3", "prompt": "Q", "completion": "abc", "spans": [], "annotators": ["ann"]}
+    write_jsonl("several.jsonl", [judged("1", *two), judged("2"), alone])
+    command = ["check", "several.jsonl", "--tokenizer", str(tiny_model), "--samples", "1"]
+    assert main(["data", *command]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "annotators: ann 3, bob 2; 2 judged by several"
+    # Eight pairs of characters: 5 of 16 marked, one unequal pair: 1 - 2 * 15 / (16 ** 2 - 5 ** 2 - 11 ** 2)
+    assert lines[3].startswith(
+        "agreement, marked or not: Krippendorff's alpha 0.727, 87.5% of pairs equal, on 8 characters"
+    )
+    assert "alpha 0.727" in lines[5] and lines[5].endswith("on 8 tokens judged by several")
+    table = {line.split()[0]: line.split()[-1] for line in lines[7:10]}
+    # bad: 4 of 16, two unequal; good: 1 of 16, one unequal
+    assert table == {"label": "alpha", "bad": f"{1 - 60 / 96:.3f}", "good": f"{1 - 30 / 30:.3f}"}
+    assert lines[12] == "[[a]bad@bobb]bad@annc[[d]bad@bob]good@ann"
+
+
 def test_check_shows_so_many_samples(capsys):
     rows = [{**ROWS[0], "id": f"number {n}"} for n in range(5)]
     write_jsonl("many.jsonl", rows)

@@ -247,13 +247,45 @@ def test_old_label_studio_counts_utf16_units_and_calls_annotations_completions(t
         load(tmp_path, "label-studio", [cut], "utf16")
 
 
-def test_every_annotator_makes_a_record_and_skipped_tasks_make_none(tmp_path):
+def test_a_task_keeps_its_annotators_and_skipped_ones_make_no_record(tmp_path):
     several = [{"id": 1, "result": [region()]}, {"id": 2, "result": []}, {"id": 3, "result": [], "was_cancelled": True}]
     guessed = {"annotations": [], "predictions": [{"model_version": "guess", "result": [region()]}]}
     path = write(tmp_path, [task(annotations=several), task(id=5, **guessed), task(id=6, annotations=several[2:])])
-    records, notes = importers.load("label-studio", path, "codepoint")
-    assert [(record.id, len(record.spans)) for record in records] == [("4.1", 1), ("4.2", 0)]
+    (record,), notes = importers.load("label-studio", path, "codepoint")
+    assert (record.id, record.annotators) == ("4", ["annotation 1", "annotation 2"])
+    assert record.spans == (Span(5, 10, "wrong", annotator="annotation 1"),)
     assert notes == ["2 of 3 tasks have no annotation, and were left out"]
+
+
+def test_annotators_are_named_by_id_or_email(tmp_path):
+    by = [3, {"id": 4, "email": "a@b.c"}, {"id": 5}, 3]
+    marks = [{"id": 10 + n, "completed_by": who, "result": [region()] * (n % 2)} for n, who in enumerate(by)]
+    several, alone = load(tmp_path, "label-studio", [task(annotations=marks), task(id=5, annotations=marks[:1])])
+    assert several.annotators == ["3", "a@b.c", "5", "3 (13)"]
+    assert [span.annotator for span in several.spans] == ["a@b.c", "3 (13)"]
+    assert alone.annotators == ["3"]
+    with pytest.raises(ValueError, match=r"annotations\[0\]: completed_by: a list; it must be a user's id or email"):
+        load(tmp_path, "label-studio", [task(annotations=[{"completed_by": [1], "result": []}])])
+
+
+@pytest.mark.parametrize("tool", ["label-studio", "doccano"])
+def test_what_several_marked_is_one_judgement_once_somebody_changed_it(tool, tmp_path):
+    spans = (Span(5, 10, "wrong", annotator="ann"), Span(5, 10, "wrong", annotator="bob"))
+    record = Annotated("mine", EMOJI, spans, prompt="Q", annotators=["ann", "bob", "cy"])
+    text = labelling.WRITERS[tool]([record], "codepoint")
+    (tmp_path / "same").write_text(text)
+    assert importers.load(tool, tmp_path / "same", "codepoint")[0] == [record]
+    row = json.loads(text) if tool == "doccano" else json.loads(text)[0]
+    if tool == "doccano":
+        row["label"].append([0, 1, "wrong"])
+        (back,) = load(tmp_path, tool, (row,))
+        assert back.annotators is None
+    else:
+        row["annotations"] = [{"completed_by": 7, "result": [region(), region(0, 1, "😀")]}]
+        (back,) = load(tmp_path, tool, [row])
+        assert back.annotators == ["7"]
+    who = None if tool == "doccano" else "7"
+    assert back.spans == (Span(5, 10, "wrong", annotator=who), Span(0, 1, "wrong", annotator=who))
 
 
 def test_what_an_annotator_makes_of_exported_spans_replaces_them(tmp_path):

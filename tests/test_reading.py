@@ -301,6 +301,9 @@ def test_sentences_weigh_the_spans_that_touch_them(tiny_model: Path, pairs: Any)
     assert tokenizer.decode(row["ids"][asked:]) == text + tokenizer.eos_token
     bare = trained_rows(tiny_model, "sentence", **{**record, "spans": record["spans"][:1]})
     assert [w for w in bare["target"] if w is not None] == [-1.0, 0.0, 0.0]
+    named = [{**span, "annotator": who} for span, who in zip(record["spans"], "aba", strict=True)]
+    shared = trained_rows(tiny_model, "sentence", **{**record, "spans": named, "annotators": ["a", "b"]})
+    assert [w for w in shared["target"] if w is not None] == [-0.5, -0.75, -0.5]
 
 
 def test_a_sentence_model_is_trained_measured_and_used(

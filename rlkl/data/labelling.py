@@ -1,7 +1,8 @@
 """Label Studio and doccano, there and back.
 
 The completion is what annotators mark, under ``text``; ``prompt`` or ``messages`` stands beside it to be shown. What
-else a record has (its id, token ids, weights of spans, columns) travels under ``rlkl``, which both tools keep.
+else a record has (its id, token ids, columns, weights and annotators of spans) travels under ``rlkl``, which both tools
+keep. doccano does not say who marked what: spans that somebody changed there are one judgement, by nobody known.
 A labelling configuration for Label Studio that fits (with ``<Paragraphs value="$messages" nameKey="role"
 textKey="content"/>`` in place of the first line where the prompt is a conversation)::
 
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rlkl.data import annotated, files
-from rlkl.data.annotated import Annotated, refuse, take
+from rlkl.data.annotated import Annotated, Span, refuse, take
 from rlkl.data.offsets import Offsets, outward, read_span
 
 OURS = "rlkl"  # where our fields travel, and the author of our predictions
@@ -26,10 +27,11 @@ Placed = Iterator[tuple[str, Annotated]]
 
 
 def read_label_studio(path: Path, offsets: Offsets, source: None, notes: list[str]) -> Placed:
-    """Label Studio's JSON export, one record an annotation; tasks that nobody annotated are left out and counted.
+    """Label Studio's JSON export, one record a task; its spans name who completed the annotation where that is known.
 
-    ``completions`` is what old versions call ``annotations``. Predictions of models are no annotations, but what
-    :func:`label_studio` exported is read back until somebody annotates it. Old versions (2021) count UTF-16 units.
+    Tasks that nobody annotated are left out and counted. ``completions`` is what old versions (2021; they count UTF-16
+    units) call ``annotations``. Predictions of models are no annotations, but what :func:`label_studio` exported is
+    read back until somebody annotates it.
     """
     tasks = files.parse(str(path), files.text(path, "name a JSON export of Label Studio"), "export as JSON anew")
     if not isinstance(tasks, list):
@@ -42,11 +44,13 @@ def read_label_studio(path: Path, offsets: Offsets, source: None, notes: list[st
         data = take(where, task, "data", dict)
         made = _annotations(where, task)
         unmarked += not made
-        for at, annotation in made:
-            suffix = f".{annotation.get('id', at)}" if len(made) > 1 else ""
-            regions = _regions(at, annotation)
-            name = _name(where, task.get("id", number))
-            yield at, _record(f"{where}: data", data, name, suffix, offsets, regions)
+        if made:
+            ours = made[0][1].get("model_version") == OURS
+            people = [None] if ours else _people(made)
+            regions = [(r, who) for (at, one), who in zip(made, people, strict=True) for r in _regions(at, one)]
+            name, at = _name(where, task.get("id", number)), made[0][0]
+            everyone = None if ours else [who for who in people if who is not None]
+            yield at, _record(f"{where}: data", data, name, offsets, regions, everyone)
     if unmarked:
         notes.append(f"{unmarked} of {len(tasks)} tasks have no annotation, and were left out")
 
@@ -65,6 +69,21 @@ def _annotations(where: str, task: Mapping[str, Any]) -> list[tuple[str, dict[st
                 found.append((at, made))
         if found:
             break
+    return found
+
+
+def _people(made: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str | None]:
+    """Who completed each annotation, by id or email; a single one may have nobody. Those of one person are numbered."""
+    found: list[str | None] = []
+    for at, annotation in made:
+        who = annotation.get("completed_by")
+        who = who.get("email") or who.get("id") if isinstance(who, dict) else who
+        if type(who) not in (int, str, type(None)) or who == "":
+            refuse(at, "completed_by", f"{annotated.kind(who)}; it must be a user's id or email, or missing")
+        if who is None and len(made) > 1:
+            who = f"annotation {annotation.get('id', len(found) + 1)}"
+        name = None if who is None else str(who)
+        found.append(f"{name} ({annotation.get('id', len(found) + 1)})" if name and name in found else name)
     return found
 
 
@@ -114,12 +133,12 @@ def read_doccano(path: Path, offsets: Offsets, source: None, notes: list[str]) -
         take(where, row, "text", str)
         fields = [name for name in ("label", "labels", "entities") if name in row] or ["label"]
         regions = [
-            _entity(f"{where}: {field}[{i}]", entity)
+            (_entity(f"{where}: {field}[{i}]", entity), None)
             for field in fields
             for i, entity in enumerate(take(where, row, field, list))
         ]
         data = {name: value for name, value in row.items() if name not in fields}
-        yield where, _record(where, data, str(number), "", offsets, regions)
+        yield where, _record(where, data, str(number), offsets, regions, None)
 
 
 def _entity(where: str, entity: Any) -> Region:
@@ -132,24 +151,36 @@ def _entity(where: str, entity: Any) -> Region:
 
 
 def _record(
-    where: str, data: Mapping[str, Any], name: str, suffix: str, offsets: Offsets, regions: Iterable[Region]
+    where: str,
+    data: Mapping[str, Any],
+    name: str,
+    offsets: Offsets,
+    regions: Iterable[tuple[Region, str | None]],
+    people: list[str] | None,
 ) -> Annotated:
-    """A record from what both tools hold: texts and our own fields in ``data``, and the regions that were marked."""
+    """A record from what both tools hold: texts and our own fields in ``data``, and the regions that were marked.
+
+    ``people`` annotated it; where that is not known (None), they are those of the export, if its spans are unchanged.
+    """
     completion = take(where, data, "text", str)
     if "prompt" not in data and "messages" not in data:
         refuse(where, "prompt", "missing; add it (or messages) to the data of every record before it is annotated")
     ours = take(where, data, OURS, dict) if OURS in data else {}
     exported = take(f"{where}: {OURS}", ours, "weights", list) if "weights" in ours else []
     weights = [_weight(f"{where}: {OURS}", f"weights[{i}]", entry) for i, entry in enumerate(exported)]
-    spans = []
-    for at, start, end, label, stored in regions:
+    spans: list[Span] = []
+    for (at, start, end, label, stored), who in regions:
         span = read_span(at, completion, start, end, label, offsets, stored, _same)
-        known = next((i for i, (triple, _) in enumerate(weights) if triple == [start, end, label]), None)
-        spans.append(span if known is None else replace(span, weight=weights.pop(known)[1]))
+        known = next((i for i, (triple, *_) in enumerate(weights) if triple == [start, end, label]), None)
+        _, weight, marker = (None, 1.0, None) if known is None else weights.pop(known)
+        spans.append(replace(span, weight=weight, annotator=marker if people is None else who))
+    if people is None and (people := ours.get("annotators")) and (weights or any(s.annotator is None for s in spans)):
+        people = None  # somebody changed them; what several had marked alike is one mark now
+        spans = list(dict.fromkeys(replace(s, annotator=None) for s in spans))
     columns = {key: value for key, value in data.items() if key not in ("id", "text", "prompt", "messages", OURS)}
     columns |= take(f"{where}: {OURS}", ours, "columns", dict) if "columns" in ours else {}
-    name = (_name(f"{where}: {OURS}", ours["id"]) if "id" in ours else _name(where, data.get("id", name))) + suffix
-    return annotated.build(where, name, data, completion, spans, ours.get("token_ids"), columns)
+    name = _name(f"{where}: {OURS}", ours["id"]) if "id" in ours else _name(where, data.get("id", name))
+    return annotated.build(where, name, data, completion, spans, ours.get("token_ids"), columns, people or None)
 
 
 def _name(where: str, value: Any) -> str:
@@ -160,11 +191,14 @@ def _name(where: str, value: Any) -> str:
     return str(value)
 
 
-def _weight(where: str, name: str, entry: Any) -> tuple[list[Any], float]:
-    """A span as it was exported, and its weight."""
-    if not isinstance(entry, list) or len(entry) != 4:
+def _weight(where: str, name: str, entry: Any) -> tuple[list[Any], float, str | None]:
+    """A span as it was exported, its weight, and who marked it, where that was known."""
+    if not isinstance(entry, list) or len(entry) not in (4, 5):
         refuse(where, name, f"{entry!r:.40}; it must read [start, end, label, weight], as it was exported")
-    return entry[:3], annotated.number(where, name, entry[3])
+    who = entry[4] if len(entry) == 5 else None
+    if who is not None and not isinstance(who, str):
+        refuse(where, name, f"{entry!r:.40}; an annotator must be a text, as it was exported")
+    return entry[:3], annotated.number(where, name, entry[3]), who
 
 
 def label_studio(records: Sequence[Annotated], offsets: Offsets) -> str:
@@ -195,9 +229,11 @@ def doccano(records: Sequence[Annotated], offsets: Offsets) -> str:
 def _data(record: Annotated, offsets: Offsets) -> dict[str, Any]:
     asked = {"prompt": record.prompt} if record.messages is None else {"messages": record.messages}
     ours: dict[str, Any] = {"id": record.id}
-    if any(span.weight != 1 for span in record.spans):
+    if record.annotators is not None:
+        ours["annotators"] = record.annotators
+    if record.annotators is not None or any(span.weight != 1 for span in record.spans):
         spans = zip(_triples(record, offsets), record.spans, strict=True)
-        ours["weights"] = [[*triple, span.weight] for triple, span in spans]
+        ours["weights"] = [[*triple, s.weight, *([s.annotator] if s.annotator else [])] for triple, s in spans]
     if record.token_ids is not None:
         ours["token_ids"] = record.token_ids
     if record.columns:
