@@ -91,6 +91,31 @@ def frontier(
     return path
 
 
+def cosines(path: Path, found: Mapping[str, Any]) -> Path:
+    """Heat maps of what ``rlkl.grid.replay.summary`` says of gradients and updates, side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    arms = list(found["arms"])
+    figure, axes = plt.subplots(1, 2, figsize=(4 + 1.6 * len(arms), 1.6 + 0.7 * len(arms)), layout="constrained")
+    for axis, key, title in zip(axes, ("gradient_cosine", "update_cosine"), ("gradients", "updates"), strict=True):
+        cells = [[(found[key][a][b] or {"mean": math.nan})["mean"] for b in arms] for a in arms]
+        image = axis.imshow(cells, cmap="RdBu", vmin=-1, vmax=1)
+        for i, row in enumerate(cells):
+            for j, x in enumerate(row):
+                shown = "–" if math.isnan(x) else f"{x:.2f}"
+                axis.text(j, i, shown, ha="center", va="center", color="white" if abs(x) > 0.6 else "black", fontsize=9)
+        axis.set(title=f"cosine of {title}", xticks=range(len(arms)), yticks=range(len(arms)))
+        axis.set_xticklabels(arms, rotation=30, ha="right")
+        axis.set_yticklabels(arms if axis is axes[0] else [])
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
 def _runs(axis: Any, arms: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], key: str) -> None:
     """Gold of every run against one quantity of its evaluations."""
     import matplotlib.pyplot as plt

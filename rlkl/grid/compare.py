@@ -42,6 +42,10 @@ def compare(
     _refuse_launcher()
     made = plan.make(source, overrides)
     fair.check(made)
+    if made.config.mode == "replay":
+        from rlkl.grid import replay
+
+        replay.check(made)
     kept = [] if overwrite else keep(made)
     slots = workers.slots(made.config.workers, len(made.runs))
     show(made, kept, len(slots))
@@ -54,14 +58,14 @@ def compare(
         return made.folder
     from rlkl import tracking
 
+    if made.config.mode == "replay":
+        return _replay(made)
     _check_folder(made, overwrite)
     _check_dashboards(made)
     with tracking.lock(made.folder, "comparison"):
         kept = [] if overwrite else keep(made)  # another process may have finished some in the meantime
         prepare([run for run in made.runs if run not in kept])
-        made.folder.mkdir(parents=True, exist_ok=True)
-        tree = yaml.safe_dump(made.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        (made.folder / "compare.yaml").write_text(tree, encoding="utf-8")
+        _keep(made)
         errors = drive(made, kept, slots, overwrite)
         failed = conclude(made, errors)
     if failed:
@@ -194,6 +198,33 @@ def conclude(made: Plan, errors: Mapping[str, str]) -> int:
     for text in [*said, f"summary: {made.folder / 'summary.json'}"]:
         screen.print(text, markup=False, soft_wrap=True)
     return len(failed)
+
+
+def _replay(made: Plan) -> Path:
+    """One step of every arm on the same samples; replay.json, its figure and tables."""
+    from rlkl import tracking
+    from rlkl.grid import matrices, replay
+    from rlkl.grid.board import console
+
+    if (made.folder / "summary.json").exists() or (made.folder / "config.yaml").exists():
+        raise ValueError(f"{made.folder}: holds something else; give this comparison another name=...")
+    with tracking.lock(made.folder, "comparison"):
+        prepare(made.runs)
+        _keep(made)
+        found = replay.run(made)
+        screen = console()
+        for table in matrices.tables(found):
+            screen.print(table, markup=False)
+        for text in replay.write(made.folder, found):
+            screen.print(text, markup=False, soft_wrap=True)
+    return made.folder
+
+
+def _keep(made: Plan) -> None:
+    """Make the comparison's folder, with compare.yaml."""
+    made.folder.mkdir(parents=True, exist_ok=True)
+    tree = yaml.safe_dump(made.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    (made.folder / "compare.yaml").write_text(tree, encoding="utf-8")
 
 
 def _check_folder(made: Plan, overwrite: bool) -> None:
