@@ -53,7 +53,11 @@ def _curves(rows: list[dict[str, Any]], prefix: str, suffix: str) -> dict[str, s
 
 
 def frontier(
-    path: Path, arms: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], gold: str, match_kl: float | None = None
+    path: Path,
+    arms: Mapping[str, Sequence[Sequence[Mapping[str, float]]]],
+    gold: str,
+    match_kl: float | None = None,
+    exact: Mapping[str, Any] | None = None,
 ) -> Path:
     """Gold against KL on a square-root axis, and against labels asked for: a line a run, a colour an arm.
 
@@ -76,6 +80,8 @@ def frontier(
     if match_kl is not None:
         left.axvline(match_kl, color="0.5", linestyle="--", linewidth=1)
         left.text(match_kl, 0.01, f" {match_kl:g} nats", transform=left.get_xaxis_transform(), color="0.3", fontsize=9)
+    if exact is not None:
+        _exact(left, exact)
     left.set_xscale("function", functions=(lambda x: x.clip(min=0) ** 0.5, lambda x: x**2))
     most = max([p["kl"] for runs in arms.values() for run in runs for p in run] + [match_kl or 0.0]) or 1.0
     left.set_xlim(0, most * 1.05)
@@ -128,6 +134,18 @@ def _runs(axis: Any, arms: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]
             style = {"color": colour, "marker": MARKERS[k % len(MARKERS)], "markersize": 4, "linewidth": 1.4}
             axis.plot(x, golds, label=arm if n == 0 else None, alpha=0.85, clip_on=False, **style)
             axis.plot(x[-1], golds[-1], **{**style, "markersize": 8})
+
+
+def _exact(axis: Any, exact: Mapping[str, Any]) -> None:
+    """The optimal policies where they can be listed, and what finite horizons reach (``rlkl.grid.listed``)."""
+    points = exact["frontier"]
+    axis.plot(
+        [p["kl"] for p in points], [p["gold"] for p in points], color="black", linewidth=1.2, label="exact", zorder=1
+    )
+    for point in exact["horizons"]:
+        axis.plot(point["kl"], point["gold"], marker="+", markersize=14, color="black", zorder=5)
+        text = f" h={point['horizon'] or 'whole'}"
+        axis.text(point["kl"], point["gold"], text, fontsize=9, va="top")
 
 
 def _square_ticks(most: float) -> list[float]:

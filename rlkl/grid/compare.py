@@ -168,7 +168,7 @@ def begun(run: Run) -> bool:
 def conclude(made: Plan, errors: Mapping[str, str]) -> int:
     """Table, summary.json and frontier.png of what is there. How many runs failed."""
     from rlkl import plots
-    from rlkl.grid import cost, results
+    from rlkl.grid import cost, listed, results
     from rlkl.grid.board import console
 
     config = made.config
@@ -180,7 +180,9 @@ def conclude(made: Plan, errors: Mapping[str, str]) -> int:
         else:
             found[name] = results.read(run.folder, run.arm, seed, made.gold, config.match_kl, config.columns)
     ended = {run.config.name: cost.bound(run) for run in made.runs}
+    exact = listed.exact_points(made)
     summary = results.summary(made, found)
+    summary |= {"exact": exact["frontier"], "exact_horizons": exact["horizons"]} if exact else {}
     summary |= {"flags": fair.flags(made), "budgets": cost.caps(made), "tuning": cost.tuning(made)}
     for name, run in summary["runs"].items():
         run["ended"] = ended[name] if run["error"] is None else None
@@ -188,13 +190,14 @@ def conclude(made: Plan, errors: Mapping[str, str]) -> int:
     screen = console()
     screen.print(results.table(made, summary), markup=False)
     failed = {name: r.error for name, r in found.items() if r.error is not None}
-    said = [*cost.endings(made, ended), *results.never(made, found)]
+    said = [*(listed.tell(exact) if exact else ()), *cost.endings(made, ended), *results.never(made, found)]
     said += [f"{name}: FAILED: {error}" for name, error in failed.items()]
     curves = {arm: [r.frontier for r in found.values() if r.arm == arm and r.error is None] for arm in made.arms}
     points = {arm: runs for arm, runs in curves.items() if runs}
-    (made.folder / "frontier.png").unlink(missing_ok=True)
+    picture = made.folder / "frontier.png"
+    picture.unlink(missing_ok=True)
     if points:
-        said.append(f"figure: {plots.frontier(made.folder / 'frontier.png', points, made.gold, config.match_kl)}")
+        said.append(f"figure: {plots.frontier(picture, points, made.gold, config.match_kl, exact)}")
     for text in [*said, f"summary: {made.folder / 'summary.json'}"]:
         screen.print(text, markup=False, soft_wrap=True)
     return len(failed)

@@ -102,6 +102,7 @@ def ready(config: Config, samples: Path) -> tuple[Lane, Accelerator]:
     lane = build(changed(config, {"rollout.replay": str(samples)}))
     accelerator = launch.accelerator(lane.config)
     lane.place(accelerator)
+    loop.prepare(lane)
     return lane, accelerator
 
 
@@ -240,7 +241,7 @@ def cosine(a: Tensor, b: Tensor) -> float | None:
 
 
 def snr(gradients: Sequence[Tensor]) -> float | None:
-    """Squared norm of the expected gradient over the variance of one, both estimated without bias; it may be negative."""
+    """Squared norm of the expected gradient over the variance of one, the former without bias; it may be negative."""
     if len(gradients) < 2:
         return None
     stacked = torch.stack([g.double() for g in gradients])
