@@ -30,7 +30,7 @@ class LearnedReward:
     def __init__(self, name: str, config: LearnedSource) -> None:
         self.name = name
         self.config = config
-        self.same = True  # until the policy's tokenizer is known
+        self.policy: Any = None  # its tokenizer, if it is another one
         path = config.path
         if path == "facts":
             from rlkl.tasks import facts_reward
@@ -47,8 +47,8 @@ class LearnedReward:
         Raises:
             ValueError: its own tokenizer does not know offsets, by which scores of tokens and sentences are paid.
         """
-        self.same = tokenizer.get_vocab() == self.tokenizer.get_vocab()
-        if not self.same and self.config.level != "sequence" and not self.tokenizer.is_fast:
+        self.policy = None if tokenizer.get_vocab() == self.tokenizer.get_vocab() else tokenizer
+        if self.policy is not None and self.config.level != "sequence" and not self.tokenizer.is_fast:
             raise ValueError(
                 f"rewards.{self.name}.path={self.config.path}: its tokenizer is not the policy's and knows no offsets; "
                 f"level={self.config.level} needs a fast one, or the policy's"
@@ -61,10 +61,10 @@ class LearnedReward:
             RunError: a completion is longer than the model can read, or its score is not finite.
         """
         if self.config.level == "sequence":
-            rows = reading.whole(rollout, self.tokenizer, self.same, self.config.eos)
+            rows = reading.whole(rollout, self.tokenizer, self.policy, self.config.eos)
             score_B = self._usable(torch.cat(self._scored(rollout, rows, scoring.scores)), rollout)
             return pay_at_end(score_B - self.config.missing_eos_penalty * (rollout.end_B == End.LIMIT), rollout)
-        found = reading.dense(rollout, self.tokenizer, self.same, self.config.level)
+        found = reading.dense(rollout, self.tokenizer, self.policy, self.config.level)
         return self._dense(rollout, found, self._scored(rollout, found.rows, scoring.token_scores))
 
     def probe(self, rollout: Rollout) -> None:
@@ -73,7 +73,7 @@ class LearnedReward:
         Raises:
             ValueError: a token model reads later tokens, or the model fails; no run has started yet.
         """
-        if self.same and self.config.level == "sequence":
+        if self.policy is None and self.config.level == "sequence":
             return
         try:
             value_BT = self(rollout).value_BT

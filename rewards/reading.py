@@ -2,7 +2,8 @@
 
 A model with the policy's tokenizer reads the policy's own ids. Any other one reads the text, laid out as
 ``rlkl reward-model`` lays out its rows: the prompt as its tokenizer does by default, or through its own chat template
-where the prompt is a conversation; the completion apart from it; one EOS.
+where the prompt is a conversation; the completion apart from it; one EOS. ``policy`` is the policy's tokenizer if that
+is another one, else None.
 """
 
 from collections.abc import Callable
@@ -13,10 +14,12 @@ from rlkl.data.paired import completion_ids
 from rlkl.data.prompts import rendered
 from rlkl.data.sentences import last_tokens
 from rlkl.data.settled import settled
+from rlkl.data.sources import conversation
 from rlkl.data.spans import Decoded, Tokenised
 from rlkl.types import End, Rollout
 
 Ids = list[int]
+Talk = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -28,25 +31,23 @@ class Reading:
     paid: list[list[int]]
 
 
-def whole(rollout: Rollout, tokenizer: Any, same: bool, eos: bool) -> list[Ids]:
+def whole(rollout: Rollout, tokenizer: Any, policy: Any, eos: bool) -> list[Ids]:
     """What is judged as a whole: prompt and completion, with one EOS however it ended (``eos``), or none.
 
     Raises:
         ValueError: prompts are conversations, and the model's tokenizer has no chat template.
     """
-    prompts, end_id = _prompts(rollout, tokenizer, same), tokenizer.eos_token_id if eos else None
-    if not same:
-        return [
-            [*ids, *_answer(rollout, i, text, tokenizer, end_id)]
-            for i, (ids, text) in enumerate(zip(prompts, rollout.texts(), strict=True))
-        ]
+    prompts, end_id = _prompts(rollout, tokenizer, policy), tokenizer.eos_token_id if eos else None
+    if policy is not None:
+        said = zip(prompts, _talks(rollout, policy), rollout.texts(), strict=True)
+        return [[*ids, *_answer(talk, text, tokenizer, end_id)] for ids, talk, text in said]
     texts = rollout.texts() if rollout.stop else [""] * len(rollout)
     rows = zip(prompts, rollout.completion_ids(), rollout.end_B.tolist(), texts, strict=True)
     closed = [] if end_id is None else [end_id]
     return [[*ids, *_said(y, how, text, rollout), *closed] for ids, y, how, text in rows]
 
 
-def dense(rollout: Rollout, tokenizer: Any, same: bool, level: str) -> Reading:
+def dense(rollout: Rollout, tokenizer: Any, policy: Any, level: str) -> Reading:
     """What is judged token by token, or sentence by sentence: prompt and completion, with EOS where it ended so.
 
     Tokens of the policy are paid as they are. Another tokenizer's are paid where they are certain
@@ -57,12 +58,12 @@ def dense(rollout: Rollout, tokenizer: Any, same: bool, level: str) -> Reading:
     """
     made = Reading([], [], [])
     end_id = tokenizer.eos_token_id
-    texts = rollout.texts() if level == "sentence" or not same else [""] * len(rollout)
-    rows = zip(_prompts(rollout, tokenizer, same), rollout.completion_ids(), texts, strict=True)
+    texts = rollout.texts() if level == "sentence" or policy is not None else [""] * len(rollout)
+    rows = zip(_prompts(rollout, tokenizer, policy), rollout.completion_ids(), texts, strict=True)
     for asked, row, text in rows:
         place: Decoded | Tokenised | None = None
         ids, paid = row, list(range(len(row)))
-        if not same:
+        if policy is not None:
             cut = settled(row, _decode(rollout), text, tokenizer)
             ids, paid, place = cut.ids, cut.paid, cut.place
         read = list(range(len(ids)))
@@ -70,8 +71,8 @@ def dense(rollout: Rollout, tokenizer: Any, same: bool, level: str) -> Reading:
             decoded = Decoded(row, _decode(rollout), text)
             ended = last_tokens(text, place or decoded)
             read = list(ended)
-            paid = [decoded.certain(end) for _, end in ended.values()] if same else [paid[t] for t in read]
-        elif not same and end_id is not None and int(rollout.end_B[len(made.rows)]) == End.EOS:
+            paid = [decoded.certain(end) for _, end in ended.values()] if place is None else [paid[t] for t in read]
+        elif place is not None and end_id is not None and int(rollout.end_B[len(made.rows)]) == End.EOS:
             ids, read, paid = [*ids, end_id], [*read, len(ids)], [*paid, len(row) - 1]
         made.rows.append([*asked, *ids])
         made.read.append([len(asked) + t for t in read])
@@ -79,19 +80,32 @@ def dense(rollout: Rollout, tokenizer: Any, same: bool, level: str) -> Reading:
     return made
 
 
-def _prompts(rollout: Rollout, tokenizer: Any, same: bool) -> list[Ids]:
+def _prompts(rollout: Rollout, tokenizer: Any, policy: Any) -> list[Ids]:
     """The prompts, by their own ids or as another tokenizer reads them."""
-    if same:
+    if policy is None:
         rows = zip(rollout.prompt_BP.tolist(), rollout.prompt_length_B.tolist(), strict=True)
         return [ids[:n] for ids, n in rows]
-    talks = rollout.columns.get("messages") or [None] * len(rollout)
-    rows = zip(talks, rollout.columns["prompt"], strict=True)
-    return [rendered({"messages": talk} if talk else {"prompt": text}, tokenizer)[1] for talk, text in rows]
+    asked = zip(_talks(rollout, policy), rollout.columns["prompt"], strict=True)
+    return [rendered({"messages": talk} if talk else {"prompt": text}, tokenizer)[1] for talk, text in asked]
 
 
-def _answer(rollout: Rollout, i: int, text: str, tokenizer: Any, end_id: int | None) -> Ids:
+def _talks(rollout: Rollout, policy: Any) -> list[Talk | None]:
+    """The conversations that prompts were made of; a column ``messages`` may hold something else, even the answer."""
+    found: dict[str, Talk | None] = {}
+    texts = rollout.columns["prompt"]
+    for text, held in zip(texts, rollout.columns.get("messages") or [None] * len(texts), strict=True):
+        if text not in found:
+            talk = conversation(held)
+            try:
+                same = talk is not None and rendered({"messages": talk}, policy)[0]["prompt"] == text
+            except ValueError:  # no template, or one that refuses it
+                same = False
+            found[text] = talk if same else None
+    return [found[text] for text in texts]
+
+
+def _answer(talk: Talk | None, text: str, tokenizer: Any, end_id: int | None) -> Ids:
     """A completion as a side of a preference pair is read: after a conversation, a message of its own."""
-    talk = (rollout.columns.get("messages") or [None] * len(rollout))[i]
     if not talk or talk[-1]["role"] == "assistant":
         return completion_ids({"said": text}, "said", tokenizer, end_id)
     row = {"messages": talk, "said": [{"role": "assistant", "content": text}]}

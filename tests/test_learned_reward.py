@@ -85,7 +85,7 @@ def test_a_stop_string_is_no_part_of_what_is_judged(tiny_reward_model: Path) -> 
     stop = tokenizer("\nQ")["input_ids"]
     rollout = make_rollout([[5], [6]], [[*said, *stop], stop])
     stopped = replace(rollout, end_B=torch.tensor([1, 1]), stop=("\nQ",), decode=lambda ids: str(tokenizer.decode(ids)))
-    assert reading.whole(stopped, tokenizer, True, True) == [[5, *said, end], [6, end]]
+    assert reading.whole(stopped, tokenizer, None, True) == [[5, *said, end], [6, end]]
 
 
 def test_it_is_frozen_in_its_own_dtype_and_its_dropout_is_off(tiny_model: Path, tmp_path: Path) -> None:

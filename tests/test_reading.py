@@ -85,8 +85,8 @@ def test_a_whole_completion_is_read_as_the_trainer_read_it(tiny_model: Path, for
         trained_rows(foreign, "sequence", prompt=f"Line {i}:", chosen=text, rejected="x")["chosen_ids"]
         for i, text in enumerate(TEXTS)
     ]
-    assert reading.whole(rollout, theirs, False, True) == expected
-    assert reading.whole(rollout, theirs, False, False) == [row[:-1] for row in expected]
+    assert reading.whole(rollout, theirs, ours, True) == expected
+    assert reading.whole(rollout, theirs, ours, False) == [row[:-1] for row in expected]
     alone = [float(reward.model(input_ids=torch.tensor([row])).logits) for row in expected]
     found = reward(rollout)
     assert found.value_BT.sum(-1).tolist() == pytest.approx(alone, rel=1e-4, abs=1e-5)
@@ -97,26 +97,30 @@ def test_a_whole_completion_is_read_as_the_trainer_read_it(tiny_model: Path, for
     ids = [*ours("A fox")["input_ids"], *stop]
     stopped = replace(rollout_of(ours, ["x"]), tokens_BT=torch.tensor([ids]), length_B=torch.tensor([len(ids)]))
     stopped = replace(stopped, end_B=torch.tensor([int(End.STOP)]), stop=("\nO",))
-    assert theirs.decode(reading.whole(stopped, theirs, False, True)[0]) == "<pad>Line 0:A fox<eos>"
+    assert theirs.decode(reading.whole(stopped, theirs, ours, True)[0]) == "<pad>Line 0:A fox<eos>"
 
 
 def test_a_conversation_goes_through_the_models_own_template(tiny_model: Path, foreign: Path, tmp_path: Path) -> None:
     ours, theirs = AutoTokenizer.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(foreign)
     talk = [{"role": "user", "content": "why?"}]
+    ours.chat_template = TEMPLATE.replace("[", "<")
     rollout = rollout_of(ours, [" so. "])
-    rollout = replace(rollout, columns={"prompt": ["<u>why?"], "messages": [talk]})
+    rollout = replace(rollout, columns={"prompt": ["<user]why?</end><assistant]"], "messages": [talk]})
     with pytest.raises(ValueError, match="tokenizer has no chat template"):
-        reading.whole(rollout, theirs, False, True)
+        reading.whole(rollout, theirs, ours, True)
     theirs.chat_template = TEMPLATE
     theirs.save_pretrained(tmp_path)
     answers = {
         side: [{"role": "assistant", "content": text}] for side, text in (("chosen", " so. "), ("rejected", "x"))
     }
     (row,), _ = data.rows(build.load(config(tmp_path)).data, [{"messages": talk, **answers}], theirs, None)
-    (found,) = reading.whole(rollout, theirs, False, True)
+    (found,) = reading.whole(rollout, theirs, ours, True)
+    told = [*talk, {"role": "assistant", "content": "the answer"}]  # a column that made no prompt
+    leaky = replace(rollout, columns={"prompt": ["why?"], "messages": [told]})
+    assert theirs.decode(reading.whole(leaky, theirs, ours, True)[0]) == "<pad>why? so. <eos>"
     assert found == row["chosen_ids"] and theirs.decode(found) == "[user]why?</end>[assistant] so. </end><eos>"
     assert (
-        theirs.decode(reading.dense(rollout, theirs, False, "token").rows[0]) == "[user]why?</end>[assistant] so. <eos>"
+        theirs.decode(reading.dense(rollout, theirs, ours, "token").rows[0]) == "[user]why?</end>[assistant] so. <eos>"
     )
 
 
@@ -181,7 +185,7 @@ def test_a_tokenizer_without_offsets_is_refused(level: str, foreign: Path, tiny_
     with pytest.raises(ValueError, match=rf"rewards\.rm\.path=.*knows no offsets; level={level} needs a fast one"):
         reward.check(ours)
     reward.check(own)
-    assert reward.same
+    assert reward.policy is None
 
 
 def test_equal_texts_are_scored_once_however_they_are_cut(
@@ -261,7 +265,7 @@ def test_a_sentence_is_read_at_its_end_and_paid_once_it_has_ended(
     reward = source(token_model(base, tmp_path / "rm"), level="sentence")
     reward.check(ours)
     rollout = rollout_of(ours)
-    found, read = reward(rollout), reading.dense(rollout, theirs, own, "sentence")
+    found, read = reward(rollout), reading.dense(rollout, theirs, None if own else ours, "sentence")
     prompts = [theirs(f"Line {i}:")["input_ids"] for i in range(3)]
     for i, text in enumerate(TEXTS):
         for k, (_, end) in enumerate(sentences(text)):

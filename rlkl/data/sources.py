@@ -104,7 +104,7 @@ def _checked(rows: Iterable[tuple[str, Any]], config: TableData, source: str) ->
             raise ValueError(f"{where}: a {type(row).__name__}; every line must be a JSON object")
         if taken := [name for name in TAKEN if name in row]:
             raise ValueError(f"{where}: column {taken[0]!r} is an argument of the reward functions; rename it")
-        value = _conversation(row.get(column)) if role == "messages" else _text(row.get(column))
+        value = conversation(row.get(column)) if role == "messages" else _text(row.get(column))
         if value is None:
             what = "list of {role, content} messages" if role == "messages" else "text"
             known = ", ".join(row) or "none"
@@ -122,7 +122,7 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _conversation(value: Any) -> list[dict[str, str]] | None:
+def conversation(value: Any) -> list[dict[str, str]] | None:
     """Messages without the null fields that a table adds to them."""
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         return None
