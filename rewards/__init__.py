@@ -6,7 +6,7 @@ if __name__ != "rlkl.rewards":
 from collections.abc import Mapping
 from typing import Any
 
-from rlkl.config import Source
+from rlkl.config import LearnedSource, Source
 from rlkl.rewards.annotations import AnnotationReward
 from rlkl.rewards.combine import WeightedSum
 from rlkl.rewards.counterfactual import CounterfactualReward
@@ -14,11 +14,18 @@ from rlkl.rewards.function import FunctionReward
 from rlkl.rewards.learned import LearnedReward
 from rlkl.rewards.overseer import OverseerReward
 from rlkl.rewards.spread import Spread
+from rlkl.rewards.taught import TaughtReward
+
+
+def learned(name: str, config: LearnedSource) -> LearnedReward | TaughtReward:
+    """A reward model, ready-made or taught in the course of the run."""
+    return LearnedReward(name, config) if config.labeller is None else TaughtReward(name, config)
+
 
 REWARDS: dict[str, Any] = {
     "function": FunctionReward,
     "annotations": AnnotationReward,
-    "learned": LearnedReward,
+    "learned": learned,
     "counterfactual": CounterfactualReward,
     "overseer": OverseerReward,
 }

@@ -8,7 +8,7 @@ A source is called with a rollout and gives its rewards. What else it may have i
 ``probe(rollout)``                      prove on a few samples, before the start, that it is causal
 ``at(step)``                            which training step it is
 ``annotate(rollout)``                   whole spans as token weights, for likelihood
-``prepare(samples)``                    learn before the first step; ``samples(k)`` draws the k-th batch, from 0, of the
+``prepare(samples, seed)``              learn before the first step; ``samples(k)`` draws the k-th batch, from 0, of the
                                         untrained policy's completions of training prompts
 ``learn(rollout, step)``                learn from a training step's samples, after the policy's update
 ``state_dict()``, ``load_state_dict()`` what it has learned: key -> tensor, or what JSON holds
@@ -70,6 +70,10 @@ class WeightedSum:
             labels=sum(part.labels for part in asked),
         )
 
+    def share(self, name: str, rollout: Rollout) -> Tensor:
+        """What one source gives, clipped, ``[B, T]``."""
+        return self._clipped(name, self.sources[name][0](rollout).value_BT)
+
     def annotate(self, rollout: Rollout) -> Rollout:
         """The rollout with whole spans as token weights, from the sources that have them; else as it is.
 
@@ -113,13 +117,13 @@ class WeightedSum:
             if hasattr(reward, "probe"):
                 reward.probe(rollout)
 
-    def prepare(self, samples: Callable[[int], Rollout]) -> dict[str, float]:
+    def prepare(self, samples: Callable[[int], Rollout], seed: int) -> dict[str, float]:
         """Let the sources that learn do so before the first step; counts and metrics.
 
         Raises:
             RunError: a labeller or a training failed.
         """
-        return self._taught("prepare", samples)
+        return self._taught("prepare", samples, seed)
 
     def learn(self, rollout: Rollout, step: int) -> dict[str, float]:
         """Let them learn from the samples of a training step; counts and metrics.

@@ -27,19 +27,22 @@ class LearnedReward:
 
     clips = True  # by itself: missing_eos_penalty is taken off the clipped score
 
-    def __init__(self, name: str, config: LearnedSource) -> None:
+    def __init__(self, name: str, config: LearnedSource, loaded: tuple[Any, Any] | None = None) -> None:
         self.name = name
         self.config = config
         self.policy: Any = None  # its tokenizer, if it is another one
-        path = config.path
+        self.model, self.tokenizer = loaded or self._load()
+        self.context = models.context_length(self.model)
+        if config.level == "sequence" and config.eos and self.tokenizer.eos_token_id is None:
+            raise ValueError(f"rewards.{name}.eos=true: the tokenizer of {config.path} has no EOS; set eos=false")
+
+    def _load(self) -> tuple[Any, Any]:
+        path = self.config.path
         if path == "facts":
             from rlkl.tasks import facts_reward
 
             path = str(facts_reward.load_path())
-        self.model, self.tokenizer = models.reward_model(path, f"rewards.{name}.path", config.level)
-        self.context = models.context_length(self.model)
-        if config.level == "sequence" and config.eos and self.tokenizer.eos_token_id is None:
-            raise ValueError(f"rewards.{name}.eos=true: the tokenizer of {config.path} has no EOS; set eos=false")
+        return models.reward_model(path, f"rewards.{self.name}.path", self.config.level)
 
     def check(self, tokenizer: Any) -> None:
         """Learn whether the model is given the policy's token ids, or the text, cut by its own tokenizer.

@@ -15,11 +15,10 @@ def reached(lane: Lane) -> str | None:
     if not rest:
         return None
     count = lane.config.rollout.prompts
-    stored = 0 if lane.stored is None else lane.stored.used(rest + 1, count) - count
+    fresh = 0 if lane.stored is None else lane.stored.used(rest + 1, count)
     after = {
         "tokens": lane.generated + drawn(lane.config),
-        "queries": lane.queries + asked(lane.config) + stored,
-        "labels": lane.labels + asked(lane.config, labels=True) + stored,
+        "queries": lane.queries + asked(lane.config) - (count if lane.stored else 0) + fresh,
         "steps": rest + 1,
         "seconds": lane.seconds * (rest + 1) / rest,
     }

@@ -1,7 +1,7 @@
 """A lane: all the state of one run, and how it is built from its configuration."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from rlkl.sampling import ALTERNATIVES, EVALUATE, MINIBATCHES, TRAIN, Prompts, p
 from rlkl.trainers import TRAINERS
 from rlkl.types import Need, Rollout, Trainer
 
-STATE = ("step", "beta", "ema", "generated", "queries", "labels", "seconds", "due")
+STATE = ("step", "beta", "ema", "generated", "queries", "labels", "seconds", "due", "base")
 
 
 @dataclass
@@ -30,7 +30,8 @@ class Lane:
 
     ``step`` is the last one done, ``saved`` that of the newest checkpoint. ``judge`` are the sources that can judge
     new samples; ``marked`` is the fixed set on which the run measures what annotations moved. ``due`` is the row of the
-    last step, while its evaluation is not done.
+    last step, while its evaluation is not done. ``base`` are mean and standard deviation of what every source gave the
+    ``untrained`` policy's held-out samples.
     """
 
     config: Config
@@ -48,6 +49,7 @@ class Lane:
     generated: int = 0
     queries: int = 0
     labels: int = 0
+    base: dict[str, tuple[float, float]] = field(default_factory=dict)
     seconds: float = 0.0
     due: dict[str, float] | None = None
     step: int = 0
@@ -59,6 +61,7 @@ class Lane:
     stored: Stored | None = None
     marked: moved.Marked | None = None
     held_pairs: Rollout | None = None
+    untrained: Rollout | None = None
 
     def place(self, accelerator: Accelerator) -> None:
         """Move to the accelerator's device. ``forward`` is the prepared policy, the only one to be called."""

@@ -18,7 +18,9 @@ from rlkl import (
     card,
     checkpoint,
     credit,
+    gap,
     kl,
+    lessons,
     moved,
     pairs,
     plots,
@@ -28,9 +30,8 @@ from rlkl import (
     tracking,
 )
 from rlkl.evaluate import Evaluation, by_prompt, evaluate, join, outputs
-from rlkl.lane import Lane, collect, draw
+from rlkl.lane import Lane, collect
 from rlkl.reduce import finish, global_sum, masked_mean, masked_std
-from rlkl.sampling import PREPARE
 from rlkl.tasks import fix_mass
 from rlkl.types import Batch, End, PolicyOutput, Rollout, TokenRewards
 from rlkl.update import NotFinite, update
@@ -79,6 +80,7 @@ def begin(lane: Lane, tracker: tracking.Tracker) -> None:
     if lane.step:
         tracker.say(f"resumed after step {lane.step} of {lane.config.train.steps}")
         lane.marked = lane.marked or moved.kept(tracker.folder, lane.rank, lane.ranks, lane.device)
+        gap.resume(lane, tracker.folder)
         if lane.due is not None:
             lane.reward.at(lane.step)
             assess(lane, tracker, lane.step, lane.due)
@@ -86,26 +88,11 @@ def begin(lane: Lane, tracker: tracking.Tracker) -> None:
         return
     kept = tracker.folder / "reference"
     artefacts.save_reference(lane.policy, lane.config, lane.tokenizer, kept, tracker.main)
-    before = assess(lane, tracker, 0, prepare(lane))
+    before = assess(lane, tracker, 0, lessons.prepare(lane))
     if lane.marked is not None and lane.stored is None:
         moved.keep(lane.marked, tracker.folder, tracker.main)
     tracker.say(*terminal.guidance(lane.config, before))
     check_start(lane, before)
-
-
-def prepare(lane: Lane) -> dict[str, float]:
-    """Let the sources that learn do so from samples of the untrained policy; what they asked for, if any did."""
-
-    def samples(k: int) -> Rollout:
-        asked = lane.train_prompts.batch(k + 1, lane.config.rollout.prompts)
-        return draw(lane, asked.part(lane.rank, lane.ranks), k, PREPARE)
-
-    try:
-        learned = lane.reward.prepare(samples)
-    except RunError as error:
-        raise RunError(f"before the first step: {error}") from error
-    asked = count(lane, learned, 0, 0, 0)
-    return {**asked, **learned} if learned else {}
 
 
 def advance(lane: Lane, tracker: tracking.Tracker, step: int, accelerator: Accelerator) -> None:
@@ -150,16 +137,13 @@ def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, flo
         folder = recording.inspect(rollout, batch, tracking.run_folder(config), step, lane.rank)
         raise RunError(f"{error}; its samples and what the loss read are in {folder}") from error
     clock.lap("update")
-    try:
-        learned = lane.reward.learn(rollout, step)
-    except RunError as error:
-        raise RunError(f"step {step}: {error}") from error
+    learned = lessons.learn(lane, rollout, step)
     clock.lap("learn")
     sums = [float(rollout.length_B.sum()), float(rewards.queries), float(rewards.labels)]
     counts = torch.tensor(sums, dtype=torch.float64)
     generated, queries, labels = global_sum(counts.to(rollout.tokens_BT.device)).tolist()
     lane.generated += 0 if config.offline else int(generated)
-    asked = count(lane, learned, queries, labels, step)
+    asked = lessons.count(lane, learned, queries, labels, step)
     lane.seconds += budget.together(clock.metrics()["time/step"], lane.device)
     values = {
         **finish(metrics),
@@ -179,14 +163,6 @@ def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, flo
     if config.kl.target is not None:
         lane.beta = kl.adapt(lane.beta, values["kl/penalty"], config.kl.target)
     return values
-
-
-def count(lane: Lane, learned: dict[str, float], queries: float, labels: float, step: int) -> dict[str, float]:
-    """Add what was asked for, also by sources that learned, whose counts are taken out; the counts so far."""
-    lane.queries += int(queries + learned.pop("queries"))
-    lane.labels += int(labels + learned.pop("labels"))
-    used = 0 if lane.stored is None else lane.stored.used(step, lane.config.rollout.prompts)
-    return {"reward/queries": float(lane.queries + used), "reward/labels": float(lane.labels + used)}
 
 
 def assign(lane: Lane, rollout: Rollout, rewards: TokenRewards, scored: PolicyOutput) -> Batch:
@@ -264,6 +240,9 @@ def assess(lane: Lane, tracker: tracking.Tracker, step: int, metrics: Mapping[st
         )
         if step == 0 and lane.marked is None:
             lane.marked = moved.labelled(result.rollout, lane.reward.sources)
+        if step == 0:
+            gap.begin(lane, result, tracker.folder, tracker.main)
+        result = replace(result, metrics=result.metrics | gap.measure(lane, result))
     except RunError as error:
         raise type(error)(f"evaluation at step {step}: {error}") from error
     if lane.marked is not None:

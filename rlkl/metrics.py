@@ -40,6 +40,21 @@ METRICS: dict[str, tuple[str, str]] = {
     ),
     "reward/eval/<source>_stderr": ("reward a sequence", "its standard error over prompts; null for a single prompt"),
     "reward/c/<source>": ("1", "counterfactual score: the c in force in this step, where it is scheduled"),
+    "reward/eval/gap/<source>": (
+        "standard deviations",
+        "how far this source has risen above the untrained policy's mean, minus the same of evaluate.gold, each in "
+        "standard deviations of that source over the untrained policy's held-out samples (a model that has changed "
+        "since scores them again); above 0 it claims more than gold gives",
+    ),
+    "reward/learn/<source>/rows": (
+        "judgements",
+        "comparisons without ties, or completions with marks, that the model has learned from; after it learned",
+    ),
+    "reward/learn/<source>/agreement": (
+        "share",
+        "new comparisons that the model before this update orders as the labeller did, or of marked tokens whether "
+        "their score has the mark's sign",
+    ),
     "reward/queries": (
         "calls",
         "scores asked so far in training, of all sources that weigh more than 0; a stored completion counts once, when "

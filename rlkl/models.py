@@ -111,14 +111,14 @@ def _trained_for(path: str | Path) -> Any:
     return held.get("kind") if isinstance(held, dict) else None
 
 
-def headed(path: str | Path, kind: str, dtype: str = "float32") -> Any:
+def headed(path: str | Path, kind: str, dtype: str = "float32", key: str = "model.path") -> Any:
     """The trunk of a causal LM with a fresh head of one score, of a sequence or of every token.
 
     Raises:
         ValueError: there is no such folder, or it holds no such model, or an adapter.
     """
     auto, what = SCORED[kind]
-    with _loading(path, "model.path", "a causal LM"):
+    with _loading(path, key, "a causal LM"):
         if (Path(path) / "adapter_config.json").is_file():
             raise ValueError("it holds an adapter; merge it into its base (rlkl export --merge)")
         model, found = auto.from_pretrained(
@@ -128,6 +128,19 @@ def headed(path: str | Path, kind: str, dtype: str = "float32") -> Any:
         if trunk:
             raise ValueError(f"lacks the weights {', '.join(sorted(trunk)[:3])} of {what}")
     return model
+
+
+def beginner(path: str | Path, kind: str, key: str) -> tuple[Any, Any]:
+    """Such a model, frozen, and its tokenizer: one that is to be given weights.
+
+    Raises:
+        ValueError: as above.
+    """
+    with torch.random.fork_rng():  # what its head starts from has no meaning
+        model = headed(path, kind, key=key)
+    with _loading(path, key, "a causal LM"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    return model.eval().requires_grad_(False), tokenizer
 
 
 @contextlib.contextmanager

@@ -130,7 +130,7 @@ class Growing:
         value_BT = rollout.policy_mask_BT * (self.lessons.sum() + rollout.tokens_BT % 3)
         return TokenRewards(value_BT, rollout.policy_mask_BT, queries=len(rollout))
 
-    def prepare(self, samples: Callable[[int], Rollout]) -> dict[str, float]:
+    def prepare(self, samples: Callable[[int], Rollout], seed: int) -> dict[str, float]:
         self.texts += [text for k in range(2) for text in samples(k).texts()]
         self.lessons[0] += 1
         return {"labels": 5.0, "texts": float(len(self.texts))}

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import rlkl
-from rlkl import checkpoint, kl, settings
+from rlkl import RunError, checkpoint, kl, settings
 from rlkl.config import AnnotationsSource, Config
 from rlkl.lane import Lane, build
 from rlkl.rewards.annotations import AnnotationReward
@@ -828,6 +828,45 @@ def test_a_reward_model_judges_in_pieces_with_or_without_eos(run, tiny_reward_mo
     whole, pieces, bare = (run({"rewards.rm": {**source, **keys}}) for keys in ({}, {"micro_batch": 1}, {"eos": False}))
     assert same(whole, pieces, rel=1e-2) and set(sizes) == {1, 4}
     assert metrics(whole)[0]["reward/eval/rm"] != metrics(bare)[0]["reward/eval/rm"]
+
+
+FIT = ("fit.epochs", "fit.batch", "fit.learning_rate", "fit.schedule", "fit.warmup", "fit.weight_decay")
+TAUGHT = ("labeller", "weights", "budget", "schedule", "start", "every", *FIT)
+
+
+@shows("evaluate.gold", *(f"rewards.learned.{key}" for key in TAUGHT))
+def test_a_reward_model_learns_from_its_labeller_as_asked(run, tiny_model, monkeypatch):
+    import taught
+
+    monkeypatch.setattr("rlkl.rewards.taught.fit", taught.quick_fit)
+    fit = {"epochs": 2, "batch": 3, "learning_rate": 0.5, "schedule": "linear", "warmup": 0.5, "weight_decay": 0.25}
+
+    def rows(**keys: Any) -> list[Tree]:
+        source = {"type": "learned", "path": str(tiny_model), "labeller": "taught:prefer", "budget": 6, **keys}
+        changes = {"rewards.rm": source, "evaluate.gold": "varied", "train.steps": 4, "rewards.varied.weight": 0}
+        return metrics(run(changes))
+
+    frozen = rows(fit=fit)
+    assert taught.fits[-1]["settings"] == fit
+    assert [row["reward/labels"] for row in frozen] == [6] * 5
+    assert frozen[0]["reward/eval/gap/rm"] == pytest.approx(0, abs=1e-6) and frozen[-1]["reward/eval/gap/rm"] != 0
+    online = rows(schedule="online", every=1)
+    assert [row["reward/labels"] for row in online] == [3, 5, 6, 6, 6]
+    assert [row["reward/labels"] for row in rows(schedule="online", every=2, start=0.2)] == [1, 1, 3, 3, 5]
+    tokens = rows(level="token", labeller="taught:letters", weights={"letter": 1.0})
+    assert tokens[0]["reward/learn/rm/rows"] == 6
+
+
+@shows("rewards.learned.timeout")
+def test_a_labeller_may_take_so_long(run, tiny_model):
+    source = {"type": "learned", "path": str(tiny_model), "labeller": "test_config_effects:dreamy", "budget": 6}
+    with pytest.raises(RunError, match=r"the labeller, samples 0 and 1.*0\.05"):
+        run({"rewards.rm": {**source, "timeout": 0.05}})
+
+
+def dreamy(first: str, second: str) -> int:
+    time.sleep(5)
+    return 1
 
 
 @shows("rewards.clip", "rewards.whiten")

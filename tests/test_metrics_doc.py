@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Tree, write_jsonl
+from taught import quick_fit
 from torch import Tensor
 
 import rlkl
@@ -12,6 +13,7 @@ from rlkl.config import GRADIENT
 from rlkl.types import Rollout
 
 BASELINES = ("none", "batch_mean", "leave_one_out", "ema", "value", "group_norm")
+ONLINE: Tree = {"schedule": "online", "every": 1}
 RUNS: dict[str, Tree] = {
     **{f"baseline {name}": {"credit": {"baseline": name}} for name in BASELINES},
     **{f"{e} in the {p}": {"kl": {"placement": p, "estimator": e}} for p, e in GRADIENT},
@@ -50,6 +52,15 @@ RUNS: dict[str, Tree] = {
         "data": {"type": "fix"},
         "rewards": {"cf": {"type": "counterfactual", "template_marginal": ">{x_prime}", "c_end": 0.5, "c_steps": 2}},
     },
+    "a model that is taught": {
+        "rewards": {
+            "rm": {"type": "learned", "path": "tiny", "labeller": "taught:prefer", "budget": 12, **ONLINE},
+            "varied": {"type": "function", "path": "conftest:varied", "weight": 0.0},
+        },
+        "rollout": {"prompts": 2, "samples_per_prompt": 4, "max_new_tokens": 6},
+        "evaluate": {"prompts": 2, "samples_per_prompt": 2, "gold": "varied"},
+        "train": {"steps": 3},
+    },
     "beta 0": {"kl": {"beta": 0}},
     "budget": {"train": {"steps": 3, "budget": {"steps": 1}}},
     "adaptive beta": {"kl": {"target": 1.0}},
@@ -63,7 +74,9 @@ def parity(rollout: Rollout) -> Tensor:
     return 1.0 - 2.0 * (rollout.tokens_BT % 2)
 
 
-def test_every_key_of_a_run_is_documented_once_and_every_documented_key_is_emitted(tiny_config):
+def test_every_key_of_a_run_is_documented_once_and_every_documented_key_is_emitted(tiny_config, monkeypatch):
+    monkeypatch.setattr("rlkl.rewards.taught.fit", quick_fit)
+    Path("tiny").symlink_to(tiny_config["model"]["path"])
     span = {"start": 0, "end": 1, "label": "not so good"}
     write_jsonl("stored.jsonl", [{"id": i, "prompt": i, "completion": "a b", "spans": [span]} for i in "abcd"])
     write_jsonl("pairs.jsonl", [{"prompt": i, "chosen": "a b", "rejected": "b a"} for i in "abcd"])

@@ -24,6 +24,7 @@ from rlkl.config.data import (
     StoredData,
     TableData,
 )
+from rlkl.config.learned import LearnedSource
 from rlkl.config.model import FactsModel, FixModel, LoraConfig, Model, ModelSection, PretrainedModel, TinyModel
 from rlkl.config.objective import (
     GRADIENT,
@@ -33,7 +34,6 @@ from rlkl.config.objective import (
     DPOTrainer,
     FunctionSource,
     KLConfig,
-    LearnedSource,
     PPOTrainer,
     ReinforceTrainer,
     Source,
@@ -107,6 +107,9 @@ class EvaluateConfig(Section):
     every: Positive = Field(10, description="steps; the first and the last model are always evaluated")
     prompts: Positive = Field(64, description="held-out prompts, at most")
     samples_per_prompt: Positive = Field(4, description="completions a prompt")
+    gold: str | None = Field(
+        None, description="a name under rewards: what the others stand for; the gap of each of them to it is logged"
+    )
 
 
 class SaveConfig(Section):
@@ -151,6 +154,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        self._check_taught()
         for name in self.rewards:
             if not re.fullmatch(r"[\w.-]+", name) or name in RESERVED or name.endswith("_stderr"):
                 raise ValueError(f"rewards.{name}: the metrics need this name, or it has odd characters; take another")
@@ -212,6 +216,27 @@ class Config(Section):
         if self.trainer.type == "token_likelihood":
             return self.trainer.loss in self.trainer.holding_beta
         return self.trainer.type == "dpo"
+
+    def _check_taught(self) -> None:
+        """Refuse reward models that learn from samples of which there are none, and a gold that is no source."""
+        for name, source in self.rewards.items():
+            if source.type != "learned" or source.labeller is None:
+                continue
+            if self.offline:
+                raise ValueError(
+                    f"rewards.{name}.labeller with data.type={self.data.type}: it is asked about the policy's samples, "
+                    "and training has none; train the model before, with rlkl reward-model"
+                )
+            if source.level == "sequence" and self.rollout.samples_per_prompt < 2:
+                raise ValueError(
+                    f"rewards.{name}.labeller with rollout.samples_per_prompt=1: it compares samples of a prompt; "
+                    "use 2 or more"
+                )
+        gold = self.evaluate.gold
+        if gold is not None and gold not in self.rewards:
+            raise ValueError(
+                f"evaluate.gold={gold}: no such reward; name one of {', '.join(self.rewards) or 'rewards'}"
+            )
 
     def _check_valued(self, trainer: ReinforceTrainer | PPOTrainer) -> None:
         """Refuse keys of a value that nothing learns."""

@@ -6,6 +6,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from rlkl.config.base import Positive, RewardSource, Section
 from rlkl.config.counterfactual import CounterfactualSource
+from rlkl.config.learned import LearnedSource
 from rlkl.config.overseer import OverseerSource
 
 GRADIENT: dict[tuple[str, str], str] = {
@@ -82,52 +83,6 @@ class AnnotationsSource(RewardSource):
     def origin(self) -> str:
         """Where the spans come from."""
         return self.labeller or "spans stored with the data"
-
-
-class LearnedSource(RewardSource):
-    """A reward model of one label, such as `rlkl reward-model` makes: it scores completions, their tokens or sentences.
-
-    It may have a tokenizer of its own, and then reads the text. One query a completion; equal ones are scored once.
-    """
-
-    type: Literal["learned"]
-    path: str = Field(
-        description="local folder or Hub name; facts = the embedded reward model, trained once (about a minute)"
-    )
-    level: Literal["sequence", "token", "sentence"] = Field(
-        "sequence",
-        description="sequence: a sequence-classification model, read and paid at the last policy token; token: a "
-        "causal token-classification model, whose score of a token is paid there, at every policy token; sentence: the "
-        "same, read at the last token of every sentence and paid once that has ended",
-    )
-    missing_eos_penalty: float = Field(
-        0.0,
-        ge=0,
-        description="taken off the score, after clip, of a completion that ended by the limit (level sequence)",
-    )
-    eos: bool = Field(
-        True,
-        description="level sequence: what is judged ends by one EOS, as in training by trl's RewardTrainer; false = "
-        "without: for models that never saw one, or whose pad token is EOS, so that transformers read the token "
-        "before it",
-    )
-    micro_batch: Positive = Field(64, description="completions scored together; changes memory, not results")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for name in ("missing_eos_penalty", "eos") if self.level != "sequence" else ():
-            if (value := getattr(self, name)) != type(self).model_fields[name].default:
-                raise ValueError(
-                    f"{name}={str(value).lower()} with level={self.level}: what is scored is as it ended; drop it"
-                )
-        if self.level != "sequence" and self.path == "facts":
-            raise ValueError(f"path=facts with level={self.level}: the embedded model scores sequences; train another")
-        return self
-
-    @property
-    def origin(self) -> str:
-        """Where the scores come from."""
-        return self.path
 
 
 class ReinforceTrainer(Section):

@@ -1,0 +1,45 @@
+"""Sources of rewards that learn, before the first step and in the course of a run, and what they ask for."""
+
+from rlkl import RunError
+from rlkl.lane import Lane, draw
+from rlkl.sampling import PREPARE
+from rlkl.types import Rollout
+
+
+def prepare(lane: Lane) -> dict[str, float]:
+    """Let them learn from samples of the untrained policy: metrics and counts, if any did.
+
+    Raises:
+        RunError: a labeller or a training failed.
+    """
+
+    def samples(k: int) -> Rollout:
+        asked = lane.train_prompts.batch(k + 1, lane.config.rollout.prompts)
+        return draw(lane, asked.part(lane.rank, lane.ranks), k, PREPARE)
+
+    try:
+        learned = lane.reward.prepare(samples, lane.config.seed)
+    except RunError as error:
+        raise type(error)(f"before the first step: {error}") from error
+    asked = count(lane, learned, 0, 0, 0)
+    return {**asked, **learned} if learned else {}
+
+
+def learn(lane: Lane, rollout: Rollout, step: int) -> dict[str, float]:
+    """Let them learn from the samples of a training step: metrics, and the counts ``queries`` and ``labels``.
+
+    Raises:
+        RunError: as above.
+    """
+    try:
+        return lane.reward.learn(rollout, step)
+    except RunError as error:
+        raise type(error)(f"step {step}: {error}") from error
+
+
+def count(lane: Lane, learned: dict[str, float], queries: float, labels: float, step: int) -> dict[str, float]:
+    """Add what was asked for, also by sources that learned, whose counts are taken out; the counts so far."""
+    lane.queries += int(queries + learned.pop("queries"))
+    lane.labels += int(labels + learned.pop("labels"))
+    used = 0 if lane.stored is None else lane.stored.used(step, lane.config.rollout.prompts)
+    return {"reward/queries": float(lane.queries + used), "reward/labels": float(lane.labels + used)}
