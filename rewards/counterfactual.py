@@ -13,6 +13,7 @@ from rlkl.config.counterfactual import context
 from rlkl.data.settled import settled
 from rlkl.faults import limit
 from rlkl.policy import Policy
+from rlkl.rewards.auditor import ClassifierAuditor, Verdict
 from rlkl.rewards.function import pay_at_end, probe_causality, resolve
 from rlkl.sampling import pad
 from rlkl.types import End, Rollout, TokenRewards
@@ -42,13 +43,23 @@ class CounterfactualReward:
         self.name = name
         self.config = config
         self.c = config.c
-        self.auditor = None if config.auditor is None else resolve(config.auditor)
+        self.auditor = self._auditor()
         self.own = config.scorer == "reference"  # then the tokenizer is the policy's
         self.scorer: Any = None
         self.tokenizer: Any = None
         self.context: int | None = None
         if not self.own:
             self._load(config.scorer)
+
+    def _auditor(self) -> Verdict | None:
+        if self.config.auditor is None:
+            return None
+        if not self.config.classifies:
+            return resolve(self.config.auditor)
+        template = self.config.template_auditor
+        return ClassifierAuditor(
+            self.config.auditor, f"rewards.{self.name}.auditor", lambda x, y: template.format(x=x, x_prime=y)
+        )
 
     def _load(self, path: str) -> None:
         key = f"rewards.{self.name}.scorer"

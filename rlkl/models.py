@@ -111,6 +111,20 @@ def _trained_for(path: str | Path) -> Any:
     return held.get("kind") if isinstance(held, dict) else None
 
 
+def classifier(path: str | Path, key: str = "path") -> tuple[Any, Any]:
+    """A frozen sequence-classification model of two labels or more, in its own dtype, and its tokenizer.
+
+    Raises:
+        ValueError: there is no such folder, or it does not hold such a model, whole, and its tokenizer.
+    """
+    with _loading(path, key, "a sequence-classification model of two labels or more"):
+        model = _whole(AutoModelForSequenceClassification, path, "auto")
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if model.config.num_labels < 2:
+            raise ValueError("it has 1 label, which is no verdict")
+    return model.eval().requires_grad_(False), tokenizer
+
+
 def headed(path: str | Path, kind: str, dtype: str = "float32", key: str = "model.path") -> Any:
     """The trunk of a causal LM with a fresh head of one score, of a sequence or of every token.
 
@@ -239,17 +253,15 @@ def path(config: Model, records: Sequence[dict[str, Any]]) -> str | Path:
 def _tiny(config: TinyModel, records: Sequence[dict[str, Any]]) -> Path:
     from rlkl.tasks import pretrain
 
-    missing = [c for c in config.texts if any(not isinstance(r.get(c), str) for r in records)]
-    if missing:
-        raise ValueError(f"model.texts: column {missing[0]!r} is not text in every record; name text columns")
-    texts = [" ".join(r[c] for c in config.texts) for r in records]
+    texts = pretrain.laid_out(config.texts, records)
     recipe = {
         **config.model_dump(mode="json", exclude=set(ModelSection.model_fields)),
         "corpus": pretrain.fingerprint(texts),
     }
 
     def build(folder: Path) -> None:
-        tokenizer = pretrain.train_tokenizer(texts, config.vocabulary, context=config.context)
+        plain = [text if isinstance(text, str) else "".join(text) for text in texts]
+        tokenizer = pretrain.train_tokenizer(plain, config.vocabulary, context=config.context)
         model = pretrain.pretrain(
             texts,
             tokenizer,

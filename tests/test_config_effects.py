@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from conftest import RECORDS, Tree, metrics, write_jsonl
+from conftest import RECORDS, Tree, metrics, reward_model, write_jsonl
 from pydantic import BaseModel
 from safetensors.torch import load_file
 from test_distributed import HERE, torchrun
@@ -523,6 +523,15 @@ def test_where_the_verdict_stays_the_score_is_taken_back(run):
         for name in ("one_verdict", "other_verdict")
     )
     assert stays == pytest.approx(0, abs=1e-4) and changes == series(scored(run), "reward/train/cf")[0] != 0
+
+
+@shows("rewards.counterfactual.template_auditor")
+def test_a_classifying_auditor_reads_its_template(run, tiny_model, tmp_path):
+    judge = str(reward_model(tiny_model, tmp_path / "judge", num_labels=2))
+    alone, after_x = (
+        series(scored(run, auditor=judge, template_auditor=t), "reward/train/cf") for t in ("{x_prime}", "{x}{x_prime}")
+    )
+    assert alone != after_x
 
 
 def one_verdict(x: str, x_prime: str | None) -> str:

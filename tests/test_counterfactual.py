@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SENTENCES, Tree, metrics, write_jsonl
+from conftest import SENTENCES, Tree, metrics, reward_model, write_jsonl
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 import rlkl
 from rlkl import models, settings
@@ -289,6 +289,7 @@ REFUSED = {
     "template_marginal={x}{x_prime}": r"it is p\(x'\) without x; take x out",
     "template_marginal={x_prime": "a brace that is text is written twice",
     "template_marginal={x_prime!r}": "no plain name",
+    "template_auditor={x}": r"it lays out \{x_prime\}, beside \{x\} or alone",
     "template_outcome={y}": r"needs \{x_prime\}, and the column of y' at its end",
     "lambda_y=2": "without template_outcome: there is no y'",
     "c_end=1": r"c_end=1\.0 with c_steps=None: a schedule of c needs both",
@@ -310,6 +311,7 @@ UNUSABLE = {
     "template_outcome": ("{x_prime} {nothing}", r"sample 0: template_outcome: y' has no token"),
     "scorer": ("nowhere/at/all", "rewards.cf.scorer=nowhere/at/all: no such folder"),
     "auditor": ("nowhere:f", "nowhere:f: cannot be imported"),
+    "template_auditor": ("{x}: {x_prime}", r"only a classifier reads it"),
 }
 
 
@@ -327,6 +329,34 @@ def test_what_cannot_be_used_is_said_before_the_first_step(tiny_config: Tree, ke
 def test_without_a_marginal_no_bos_is_needed(tiny_model: Path) -> None:
     rollout = rollout_of(AutoTokenizer.from_pretrained(tiny_model))
     assert made(tiny_model, c=0, template_marginal="{x_prime}")(rollout).value_BT.any()
+
+
+def test_an_auditor_may_be_a_classifier_with_its_own_tokenizer(tiny_model: Path, foreign: Path, tmp_path: Path) -> None:
+    folder = reward_model(foreign, tmp_path / "judge", num_labels=3, id2label={0: "good", 1: "bad", 2: "odd"})
+    before = digest(AutoModelForSequenceClassification.from_pretrained(folder))
+    model, tokenizer = models.classifier(folder)
+
+    def verdict(text: str) -> int:
+        return int(model(input_ids=torch.tensor([tokenizer(text)["input_ids"]])).logits.argmax())
+
+    rows = [(x, y) for x in ("The fox", "A dog", "Feedback", "reads") for y in (" jumps over", " reads", "!", " lines")]
+    rollout = rollout_of(AutoTokenizer.from_pretrained(tiny_model), rows)
+    plain = made(tiny_model)(rollout)
+    for template in ("{x_prime}", "{x} becomes {x_prime}"):
+        reward = made(tiny_model, auditor=str(folder), template_auditor=template)
+        result = reward(rollout)
+        changes = [verdict(template.format(x=x, x_prime=y)) != verdict(x) for x, y in rows]
+        assert {True, False} == set(changes)
+        expected = plain.value_BT.sum(-1) * torch.tensor(changes)
+        assert result.value_BT.sum(-1).tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+        assert (result.queries, result.labels) == (16, 16)
+        assert reward.auditor is not None and reward.auditor("The fox") in ("good", "bad", "odd")
+        assert digest(reward.auditor.model) == before
+    with pytest.raises(ValueError, match=r"rewards.cf.auditor=.*it has 1 label, which is no verdict"):
+        made(tiny_model, auditor=str(reward_model(foreign, tmp_path / "score")))
+    long = made(tiny_model, auditor=str(folder), template_auditor="a" * 400 + "{x_prime}")
+    with pytest.raises(rlkl.RunError, match="sample 0: the auditor: ValueError: the classifier reads 1 to 128 tokens"):
+        long(rollout)
 
 
 def raises(x: str, x_prime: str | None) -> str:

@@ -1,5 +1,6 @@
 """The counterfactual score in the section ``rewards:``. Torch-free."""
 
+import re
 from collections.abc import Iterator
 from string import Formatter
 from typing import Literal, Self
@@ -8,6 +9,7 @@ from pydantic import Field, model_validator
 
 from rlkl.config.base import Positive, RewardSource
 
+FUNCTION = r"[\w.]+:\w+"
 SCORED = ("x_prime", "completion")  # two names of the completion
 
 
@@ -33,9 +35,13 @@ class CounterfactualSource(RewardSource):
     template_outcome: str | None = Field(None, description="x', and a column with y' at its end; null = no outcome")
     auditor: str | None = Field(
         None,
-        pattern=r"^[\w.]+:\w+$",
-        description="module:function, (x, x_prime or None) -> verdict; where the verdict on x' is that on x, the sum "
-        "of the brackets is taken back at the last token; null = no gate",
+        min_length=1,
+        description="module:function, (x, x_prime or None) -> verdict; or folder or Hub name of a classifier of "
+        "sequences, frozen, whose verdict is its likeliest label; where the verdict on x' is that on x, the sum of the "
+        "brackets is taken back at the last token; null = no gate",
+    )
+    template_auditor: str = Field(
+        "{x_prime}", description="what a classifying auditor reads of an edit; of an input it reads {x}"
     )
     timeout: float | None = Field(600, gt=0, description="seconds that the auditor may take a batch; null = any time")
     micro_batch: Positive = Field(64, description="completions scored together; changes memory, not results")
@@ -56,6 +62,16 @@ class CounterfactualSource(RewardSource):
                 )
         elif self.lambda_y != 1:
             raise ValueError(f"lambda_y={self.lambda_y:g} without template_outcome: there is no y'; drop lambda_y")
+        read = {name for _, name in _parts("template_auditor", self.template_auditor) if name is not None}
+        if "x_prime" not in read or read - {"x", "x_prime"}:
+            raise ValueError(
+                f"template_auditor={self.template_auditor!r}: it lays out {{x_prime}}, beside {{x}} or alone"
+            )
+        if self.template_auditor != "{x_prime}" and not self.classifies:
+            raise ValueError(
+                f"template_auditor={self.template_auditor!r} with auditor={self.auditor}: only a classifier reads it; "
+                "drop it"
+            )
         if (self.c_end is None) != (self.c_steps is None):
             raise ValueError(f"c_end={self.c_end} with c_steps={self.c_steps}: a schedule of c needs both")
         return self
@@ -64,6 +80,11 @@ class CounterfactualSource(RewardSource):
     def origin(self) -> str:
         """Where the scores come from."""
         return self.scorer
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the auditor is a model."""
+        return self.auditor is not None and not re.fullmatch(FUNCTION, self.auditor)
 
     @property
     def contrasts(self) -> bool:

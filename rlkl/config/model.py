@@ -58,7 +58,11 @@ class TinyModel(ModelSection):
     """A tiny Llama and its tokenizer, trained on the spot on text columns of the training prompts."""
 
     type: Literal["tiny"]
-    texts: list[str] = Field(min_length=1, description="columns joined by a space into one text a record")
+    texts: list[str] = Field(
+        min_length=1,
+        description="columns joined by a space into one text a record; or templates such as 'Q: {question} A: {gold}', "
+        "each a text of its own, whose last placeholder is tokenised apart from what stands before it",
+    )
     vocabulary: int = Field(1024, ge=260, description="tokens of its byte-level BPE, at most")
     hidden: int = Field(96, ge=8, multiple_of=8, description="width")
     layers: Positive = Field(2, description="depth")

@@ -52,6 +52,7 @@ def qa_feedback(path: Path, offsets: Offsets, source: None, notes: list[str]) ->
             "question": take(where, row, "question", str),
             "passages": _passages(where, row),
             "gold": take(where, row, "gold", str),
+            "prediction": completion,
             "predictions": [take(where, row, f"prediction {n}", str) for n in (1, 2, 3, 4)],
             "preference": take(where, row, "preference", list),
             "corrected_prediction": take(f"{where}: feedback", feedback, "corrected-prediction", str),

@@ -31,6 +31,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from rlkl.config.counterfactual import fields
+
 EOS, PAD = "<eos>", "<pad>"
 OPTIMISATION: dict[str, Any] = {
     "optim": "adamw_torch",
@@ -77,6 +79,30 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, *, context: int = 102
         padding_side="right",
         clean_up_tokenization_spaces=False,
     )
+
+
+def laid_out(asked: Sequence[str], records: Sequence[Mapping[str, Any]]) -> list[Document]:
+    """Documents from columns of records: joined by a space, or laid out by templates, which hold braces.
+
+    A template's document is what stands before its last placeholder, and the text of the latter.
+
+    Raises:
+        ValueError: a column is not text in every record; a template has no placeholder at its end.
+    """
+    templates = [template for template in asked if "{" in template]
+    names = [name for t in templates for name in fields("model.texts", t)] if templates else asked
+    if templates and (len(templates) < len(asked) or not all(fields("model.texts", t) for t in templates)):
+        raise ValueError(f"model.texts={list(asked)}: columns, or templates that end in {{a column}}; use one kind")
+    if missing := [c for c in names if any(not isinstance(r.get(c), str) for r in records)]:
+        raise ValueError(f"model.texts: column {missing[0]!r} is not text in every record; name text columns")
+    if not templates:
+        return [" ".join(r[c] for c in asked) for r in records]
+    made: list[Document] = []
+    for template in templates:
+        last = fields("model.texts", template)[-1]
+        before = template[: template.rindex("{")]
+        made += [(before.format_map(r), r[last]) for r in records]
+    return made
 
 
 def pretrain(
