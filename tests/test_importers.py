@@ -277,6 +277,8 @@ def test_what_several_marked_is_one_judgement_once_somebody_changed_it(tool, tmp
     assert importers.load(tool, tmp_path / "same", "codepoint")[0] == [record]
     row = json.loads(text) if tool == "doccano" else json.loads(text)[0]
     if tool == "doccano":
+        (less,) = load(tmp_path, tool, ({**row, "label": row["label"][:1]},))
+        assert (less.annotators, less.spans) == (None, (Span(5, 10, "wrong"),)), "somebody took a mark away"
         row["label"].append([0, 1, "wrong"])
         (back,) = load(tmp_path, tool, (row,))
         assert back.annotators is None
