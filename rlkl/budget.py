@@ -15,10 +15,11 @@ def reached(lane: Lane) -> str | None:
     if not rest:
         return None
     count = lane.config.rollout.prompts
-    fresh = 0 if lane.stored is None else lane.stored.used(rest + 1, count)
+    stored = 0 if lane.stored is None else lane.stored.used(rest + 1, count) - count
     after = {
         "tokens": lane.generated + drawn(lane.config),
-        "queries": lane.queries + asked(lane.config) - (count if lane.stored else 0) + fresh,
+        "queries": lane.queries + asked(lane.config) + stored,
+        "labels": lane.labels + asked(lane.config, labels=True) + stored,
         "steps": rest + 1,
         "seconds": lane.seconds * (rest + 1) / rest,
     }

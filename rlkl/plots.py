@@ -53,7 +53,11 @@ def _curves(rows: list[dict[str, Any]], prefix: str, suffix: str) -> dict[str, s
 
 
 def frontier(
-    path: Path, arms: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], gold: str, match_kl: float | None = None
+    path: Path,
+    arms: Mapping[str, Sequence[Sequence[Mapping[str, float]]]],
+    gold: str,
+    match_kl: float | None = None,
+    exact: Mapping[str, Any] | None = None,
 ) -> Path:
     """Gold against KL on a square-root axis, and against labels asked for: a line a run, a colour an arm.
 
@@ -76,6 +80,8 @@ def frontier(
     if match_kl is not None:
         left.axvline(match_kl, color="0.5", linestyle="--", linewidth=1)
         left.text(match_kl, 0.01, f" {match_kl:g} nats", transform=left.get_xaxis_transform(), color="0.3", fontsize=9)
+    if exact is not None:
+        _exact(left, exact)
     left.set_xscale("function", functions=(lambda x: x.clip(min=0) ** 0.5, lambda x: x**2))
     most = max([p["kl"] for runs in arms.values() for run in runs for p in run] + [match_kl or 0.0]) or 1.0
     left.set_xlim(0, most * 1.05)
@@ -87,6 +93,31 @@ def frontier(
         axis.set(xlabel="labels asked for in training", xlim=(0, None))
     figure.suptitle("A line a run, a point an evaluation; the large one is the last", fontsize=10)
     figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def cosines(path: Path, found: Mapping[str, Any]) -> Path:
+    """Heat maps of what ``rlkl.grid.replay.summary`` says of gradients and updates, side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    arms = list(found["arms"])
+    figure, axes = plt.subplots(1, 2, figsize=(4 + 1.6 * len(arms), 1.6 + 0.7 * len(arms)), layout="constrained")
+    for axis, key, title in zip(axes, ("gradient_cosine", "update_cosine"), ("gradients", "updates"), strict=True):
+        cells = [[(found[key][a][b] or {"mean": math.nan})["mean"] for b in arms] for a in arms]
+        image = axis.imshow(cells, cmap="RdBu", vmin=-1, vmax=1)
+        for i, row in enumerate(cells):
+            for j, x in enumerate(row):
+                shown = "–" if math.isnan(x) else f"{x:.2f}"
+                axis.text(j, i, shown, ha="center", va="center", color="white" if abs(x) > 0.6 else "black", fontsize=9)
+        axis.set(title=f"cosine of {title}", xticks=range(len(arms)), yticks=range(len(arms)))
+        axis.set_xticklabels(arms, rotation=30, ha="right")
+        axis.set_yticklabels(arms if axis is axes[0] else [])
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    figure.savefig(path)
     plt.close(figure)
     return path
 
@@ -103,6 +134,18 @@ def _runs(axis: Any, arms: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]
             style = {"color": colour, "marker": MARKERS[k % len(MARKERS)], "markersize": 4, "linewidth": 1.4}
             axis.plot(x, golds, label=arm if n == 0 else None, alpha=0.85, clip_on=False, **style)
             axis.plot(x[-1], golds[-1], **{**style, "markersize": 8})
+
+
+def _exact(axis: Any, exact: Mapping[str, Any]) -> None:
+    """The optimal policies where they can be listed, and what finite horizons reach (``rlkl.grid.listed``)."""
+    points = exact["frontier"]
+    axis.plot(
+        [p["kl"] for p in points], [p["gold"] for p in points], color="black", linewidth=1.2, label="exact", zorder=1
+    )
+    for point in exact["horizons"]:
+        axis.plot(point["kl"], point["gold"], marker="+", markersize=14, color="black", zorder=5)
+        text = f" h={point['horizon'] or 'whole'}"
+        axis.text(point["kl"], point["gold"], text, fontsize=9, va="top")
 
 
 def _square_ticks(most: float) -> list[float]:

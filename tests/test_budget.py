@@ -43,6 +43,15 @@ def test_a_cap_on_queries_ends_before_the_step_that_would_pass_it(tiny_config):
     assert (rows[-1]["step"], rows[-1]["reward/queries"], ended(rows)) == (2, 8, ["queries"])
 
 
+@shows("train.budget.labels")
+def test_a_cap_on_labels_counts_what_somebody_judges(tiny_config, tiny_reward_model):
+    config = capped(tiny_config, labels=9)
+    config["rewards"]["model"] = {"type": "learned", "path": str(tiny_reward_model)}
+    rows = metrics(rlkl.train(config))
+    assert (rows[-1]["step"], rows[-1]["reward/labels"], ended(rows)) == (2, 8, ["labels"])
+    assert rows[-1]["reward/queries"] == 16
+
+
 @shows("train.budget.steps")
 def test_a_cap_on_steps_ends_a_run_and_leaves_the_schedule_alone(tiny_config, capsys):
     linear = changed(capped(tiny_config, 3), {"optimiser.schedule": "linear"})

@@ -199,14 +199,14 @@ def test_the_cost_is_a_bound_and_time_is_told_by_runs_that_are_there(tree: Tree)
     made = plan.make(
         tree | {"seeds": [0, 1], "base": tree["base"] | {"train": {"steps": 10}}, "budgets": {"queries": 50}}
     )
-    assert cost.bounds(made.runs[0].config) == {"steps": 10, "tokens": 240, "queries": 50}
+    assert cost.bounds(made.runs[0].config) == {"steps": 10, "tokens": 240, "queries": 50, "labels": 80}
     assert cost.seconds(made, []) == {"reinforce": None, "ppo": None}
     (first,) = [run for run in made.runs if run.config.name == "reinforce,seed=0"]
     rows(first, 4, 3.0)
     assert cost.seconds(made, []) == {"reinforce": 3.0 * (6 + 10), "ppo": 3.0 * 20}
     assert cost.seconds(made, [first]) == {"reinforce": 30.0, "ppo": 60.0}
     _, told = cost.table(made, [], 2)
-    assert told.startswith("in all at most 40 steps, 960 tokens, 200 label queries; about 54 s with 2 at a time")
+    assert told.startswith("in all at most 40 steps, 960 tokens, 200 queries, 320 labels; about 54 s with 2 at a time")
 
 
 def test_the_cap_that_ended_a_run_is_read_from_its_last_row(tree: Tree):

@@ -358,3 +358,4 @@ def test_every_key_has_a_test_of_its_effect():
 
 
 import test_compare_grid  # noqa: E402, F401 - its tests show keys too
+import test_replay  # noqa: E402, F401

@@ -20,6 +20,7 @@ class BudgetConfig(Section):
         None, description="tokens sampled in training; a step counts as the most that it can draw"
     )
     queries: Positive | None = Field(None, description="scores asked in training, as reward/queries counts them")
+    labels: Positive | None = Field(None, description="labels asked in training, as reward/labels counts them")
     steps: Positive | None = Field(None, description="steps; unlike train.steps it does not stretch the schedule")
     seconds: float | None = Field(
         None, gt=0, description="of training steps, evaluations left out; a step counts as their mean so far"
@@ -32,9 +33,15 @@ def drawn(config: "Config") -> int:
     return 0 if config.offline else r.prompts * config.samples * r.max_new_tokens
 
 
-def asked(config: "Config") -> int:
-    """Scores that a step asks for, at most: of every source that weighs, and of stored completions their labels."""
-    asking = [s for s in config.rewards.values() if s.weight and not (s.type == "annotations" and s.labeller is None)]
+def asked(config: "Config", labels: bool = False) -> int:
+    """Scores that a step asks for, at most: of every source that weighs, and of stored completions their labels.
+
+    With ``labels`` only those that somebody judges: not a reward model's, nor a counterfactual score's without auditor.
+    """
+    asking = [source for source in config.rewards.values() if source.weight]
+    asking = [s for s in asking if not (s.type == "annotations" and s.labeller is None)]
+    if labels:
+        asking = [s for s in asking if s.type != "learned" and not (s.type == "counterfactual" and s.auditor is None)]
     stored = config.rollout.prompts if config.offline else 0
     return config.rollout.prompts * config.samples * len(asking) + stored
 
@@ -46,7 +53,9 @@ def check(config: "Config") -> None:
         ValueError: it names the cap and what a step may take.
     """
     budget = config.train.budget
-    for name, cap, step in (("tokens", budget.tokens, drawn(config)), ("queries", budget.queries, asked(config))):
+    steps = {"tokens": drawn(config), "queries": asked(config), "labels": asked(config, labels=True)}
+    for name, step in steps.items():
+        cap = getattr(budget, name)
         if cap is not None and cap < step:
             raise ValueError(
                 f"train.budget.{name}={cap}: a single step may take {step}; raise it, or make steps smaller"

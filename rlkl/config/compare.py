@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -19,6 +19,11 @@ class CompareConfig(Section):
     name: str = Field(
         pattern=r"^\.*[\w-][\w.-]*$",
         description="the runs are written to <folder>/<name>/<arm>,<axis>=<value>,seed=<seed>; their log.group too",
+    )
+    mode: Literal["train", "replay"] = Field(
+        "train",
+        description="train: whole runs; replay: one step of every arm on the very same samples of the base model, and "
+        "how far their directions agree",
     )
     folder: str = Field("runs", description="where the comparison is written; the base's name and folder mean nothing")
     base: dict[str, Any] = Field(
@@ -76,6 +81,13 @@ class CompareConfig(Section):
             raise ValueError(f"bundles.{min(taken)}: this name is taken; give the bundle another")
         if strange := sorted(set(self.tuning) - set(self.arms)):
             raise ValueError(f"tuning.{strange[0]}: no such arm; the arms are {', '.join(self.arms)}")
+        given = {
+            "budgets": self.budgets != BudgetConfig(),
+            "match_kl": self.match_kl is not None,
+            "columns": self.columns,
+        }
+        if self.mode == "replay" and (named := [name for name, there in given.items() if there]):
+            raise ValueError(f"{named[0]} with mode=replay: every arm takes one step; drop the key")
         twice = {seed for seed in self.seeds if self.seeds.count(seed) > 1}
         if twice:
             raise ValueError(f"seeds={self.seeds}: {min(twice)} twice, which would count one run double; drop it")

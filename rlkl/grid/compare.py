@@ -42,6 +42,10 @@ def compare(
     _refuse_launcher()
     made = plan.make(source, overrides)
     fair.check(made)
+    if made.config.mode == "replay":
+        from rlkl.grid import replay
+
+        replay.check(made)
     kept = [] if overwrite else keep(made)
     slots = workers.slots(made.config.workers, len(made.runs))
     show(made, kept, len(slots))
@@ -54,14 +58,14 @@ def compare(
         return made.folder
     from rlkl import tracking
 
+    if made.config.mode == "replay":
+        return _replay(made)
     _check_folder(made, overwrite)
     _check_dashboards(made)
     with tracking.lock(made.folder, "comparison"):
         kept = [] if overwrite else keep(made)  # another process may have finished some in the meantime
         prepare([run for run in made.runs if run not in kept])
-        made.folder.mkdir(parents=True, exist_ok=True)
-        tree = yaml.safe_dump(made.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        (made.folder / "compare.yaml").write_text(tree, encoding="utf-8")
+        _keep(made)
         errors = drive(made, kept, slots, overwrite)
         failed = conclude(made, errors)
     if failed:
@@ -164,7 +168,7 @@ def begun(run: Run) -> bool:
 def conclude(made: Plan, errors: Mapping[str, str]) -> int:
     """Table, summary.json and frontier.png of what is there. How many runs failed."""
     from rlkl import plots
-    from rlkl.grid import cost, results
+    from rlkl.grid import cost, listed, results
     from rlkl.grid.board import console
 
     config = made.config
@@ -176,7 +180,9 @@ def conclude(made: Plan, errors: Mapping[str, str]) -> int:
         else:
             found[name] = results.read(run.folder, run.arm, seed, made.gold, config.match_kl, config.columns)
     ended = {run.config.name: cost.bound(run) for run in made.runs}
+    exact = listed.exact_points(made)
     summary = results.summary(made, found)
+    summary |= {"exact": exact["frontier"], "exact_horizons": exact["horizons"]} if exact else {}
     summary |= {"flags": fair.flags(made), "budgets": cost.caps(made), "tuning": cost.tuning(made)}
     for name, run in summary["runs"].items():
         run["ended"] = ended[name] if run["error"] is None else None
@@ -184,16 +190,44 @@ def conclude(made: Plan, errors: Mapping[str, str]) -> int:
     screen = console()
     screen.print(results.table(made, summary), markup=False)
     failed = {name: r.error for name, r in found.items() if r.error is not None}
-    said = [*cost.endings(made, ended), *results.never(made, found)]
+    said = [*(listed.tell(exact) if exact else ()), *cost.endings(made, ended), *results.never(made, found)]
     said += [f"{name}: FAILED: {error}" for name, error in failed.items()]
     curves = {arm: [r.frontier for r in found.values() if r.arm == arm and r.error is None] for arm in made.arms}
     points = {arm: runs for arm, runs in curves.items() if runs}
-    (made.folder / "frontier.png").unlink(missing_ok=True)
+    picture = made.folder / "frontier.png"
+    picture.unlink(missing_ok=True)
     if points:
-        said.append(f"figure: {plots.frontier(made.folder / 'frontier.png', points, made.gold, config.match_kl)}")
+        said.append(f"figure: {plots.frontier(picture, points, made.gold, config.match_kl, exact)}")
     for text in [*said, f"summary: {made.folder / 'summary.json'}"]:
         screen.print(text, markup=False, soft_wrap=True)
     return len(failed)
+
+
+def _replay(made: Plan) -> Path:
+    """One step of every arm on the same samples; replay.json, its figure and tables."""
+    from rlkl import tracking
+    from rlkl.grid import matrices, replay
+    from rlkl.grid.board import console
+
+    if (made.folder / "summary.json").exists() or (made.folder / "config.yaml").exists():
+        raise ValueError(f"{made.folder}: holds something else; give this comparison another name=...")
+    with tracking.lock(made.folder, "comparison"):
+        prepare(made.runs)
+        _keep(made)
+        found = replay.run(made)
+        screen = console()
+        for table in matrices.tables(found):
+            screen.print(table, markup=False)
+        for text in replay.write(made.folder, found):
+            screen.print(text, markup=False, soft_wrap=True)
+    return made.folder
+
+
+def _keep(made: Plan) -> None:
+    """Make the comparison's folder, with compare.yaml."""
+    made.folder.mkdir(parents=True, exist_ok=True)
+    tree = yaml.safe_dump(made.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    (made.folder / "compare.yaml").write_text(tree, encoding="utf-8")
 
 
 def _check_folder(made: Plan, overwrite: bool) -> None:

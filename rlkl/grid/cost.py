@@ -19,12 +19,9 @@ def bounds(config: Config) -> dict[str, int]:
     """Steps, sampled tokens and scores of a run, at most."""
     budget = config.train.budget
     steps = min(config.train.steps, budget.steps or config.train.steps)
-    tokens, queries = steps * drawn(config), steps * asked(config)
-    return {
-        "steps": steps,
-        "tokens": min(tokens, budget.tokens or tokens),
-        "queries": min(queries, budget.queries or queries),
-    }
+    a_step = {"tokens": drawn(config), "queries": asked(config), "labels": asked(config, labels=True)}
+    caps = {name: getattr(budget, name) for name in a_step}
+    return {"steps": steps, **{name: min(steps * n, caps[name] or steps * n) for name, n in a_step.items()}}
 
 
 def pace(run: Run) -> Pace | None:
@@ -59,9 +56,9 @@ def seconds(plan: Plan, kept: Sequence[Run]) -> dict[str, float | None]:
 def table(plan: Plan, kept: Sequence[Run], workers: int) -> tuple[Table, str]:
     """A row an arm, with its runs and what each of them may take at most; and the sum on one line."""
     out = Table(title="the plan: what a run may take, at most", title_justify="left")
-    for head in ("arm", "seeds", "steps", "tokens", "label queries", "tuning runs", "time left"):
+    for head in ("arm", "seeds", "steps", "tokens", "queries", "labels", "tuning runs", "time left"):
         out.add_column(head, justify="left" if head in ("arm", "seeds") else "right", overflow="fold")
-    left, total = seconds(plan, kept), {"steps": 0, "tokens": 0, "queries": 0}
+    left, total = seconds(plan, kept), dict.fromkeys(("steps", "tokens", "queries", "labels"), 0)
     for arm, runs in plan.arms.items():
         one = bounds(runs[0].config)
         total = {name: n + len(runs) * one[name] for name, n in total.items()}
@@ -69,7 +66,7 @@ def table(plan: Plan, kept: Sequence[Run], workers: int) -> tuple[Table, str]:
         cells = [f"{one[name]:,}" for name in total]
         seeds = ", ".join(str(run.config.seed) + (" (kept)" if run in kept else "") for run in runs)
         out.add_row(arm, seeds, *cells, "not said" if tuned is None else str(tuned), _time(left[arm]))
-    told = f"in all at most {total['steps']:,} steps, {total['tokens']:,} tokens, {total['queries']:,} label queries"
+    told = "in all at most " + ", ".join(f"{n:,} {name}" for name, n in total.items())
     known = [x for x in left.values() if x is not None]
     when = f"about {_time(sum(known) / workers)} with {workers} at a time" if known else "time: no run has steps yet"
     return out, f"{told}; {when}; evaluations ask and sample on top"
