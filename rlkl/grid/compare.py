@@ -68,6 +68,7 @@ def compare(
         _keep(made)
         errors = drive(made, kept, slots, overwrite)
         failed = conclude(made, errors)
+        publish(made)
     if failed:
         raise RunError(f"{failed} of {len(made.runs)} runs failed; the same command does them again")
     return made.folder
@@ -201,6 +202,15 @@ def conclude(made: Plan, errors: Mapping[str, str]) -> int:
     for text in [*said, f"summary: {made.folder / 'summary.json'}"]:
         screen.print(text, markup=False, soft_wrap=True)
     return len(failed)
+
+
+def publish(made: Plan) -> None:
+    """The comparison's own run in the dashboards, and where it is."""
+    from rlkl.grid import live
+    from rlkl.grid.board import console
+
+    for text in live.publish(made):
+        console().print(text, markup=False, soft_wrap=True)
 
 
 def _replay(made: Plan) -> Path:
