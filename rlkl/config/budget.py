@@ -41,7 +41,9 @@ def asked(config: "Config", labels: bool = False) -> int:
     asking = [source for source in config.rewards.values() if source.weight]
     asking = [s for s in asking if not (s.type == "annotations" and s.labeller is None)]
     if labels:
-        asking = [s for s in asking if s.type != "learned" and not (s.type == "counterfactual" and s.auditor is None)]
+        asking = [s for s in asking if s.type != "counterfactual" or s.auditor is not None]
+        # a reward model that is taught online has all of a step's samples labelled, every few steps
+        asking = [s for s in asking if s.type != "learned" or (s.labeller is not None and s.schedule == "online")]
     stored = config.rollout.prompts if config.offline else 0
     return config.rollout.prompts * config.samples * len(asking) + stored
 

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rlkl import RunError, launch, loop, settings
+from rlkl import RunError, launch, lessons, loop, settings
 from rlkl.config import Config
 from rlkl.evaluate import Evaluation, evaluate
 from rlkl.grid import listed
@@ -102,7 +102,7 @@ def ready(config: Config, samples: Path) -> tuple[Lane, Accelerator]:
     lane = build(changed(config, {"rollout.replay": str(samples)}))
     accelerator = launch.accelerator(lane.config)
     lane.place(accelerator)
-    loop.prepare(lane)
+    lessons.prepare(lane)
     return lane, accelerator
 
 
