@@ -53,6 +53,7 @@ LIKELIHOOD = {
     "credit.horizon": 1,
 }
 SHOWN: set[str] = set()
+WRITTEN = ("summary.json", "summary.csv", "summary.md", "timing.json", "frontier.png")
 Said = Callable[..., tuple[int, str, str]]
 
 
@@ -151,7 +152,7 @@ def test_every_arm_and_seed_is_an_ordinary_run(trio):
     assert trio.code == 0, trio.err
     names = [f"{arm},seed={seed}" for arm in ("likelihood", "ppo", "reinforce") for seed in (0, 1)]
     assert list(runs_of(trio)) == names
-    assert {p.name for p in trio.folder.iterdir() if p.is_file()} == {"compare.yaml", "summary.json", "frontier.png"}
+    assert {p.name for p in trio.folder.iterdir() if p.is_file()} == {"compare.yaml", *WRITTEN}
     config = settings.load(trio.folder / "ppo,seed=1" / "config.yaml")
     assert (config.name, config.folder, config.seed, config.log.group) == ("ppo,seed=1", "runs/trio", 1, "trio")
     assert (config.trainer.type, config.trainer.epochs) == ("ppo", 2)
@@ -216,6 +217,7 @@ def test_the_plan_says_what_differs_with_defaults_resolved(trio):
 @shows("columns", "gold")
 def test_the_table_and_the_summary_are_means_over_the_runs(trio):
     rows = {cells[0]: cells[1:] for cells in table(trio.out.split("[6/6]")[-1])}
+    timing = json.loads((trio.folder / "timing.json").read_text())
     assert rows["arm"][-3:] == ["max(reward/eval/letters)", "policy/eval/length", "policy/clip_fraction"]
     for arm in ("reinforce", "ppo", "likelihood"):
         runs = [metrics(trio.folder / f"{arm},seed={seed}") for seed in (0, 1)]
@@ -229,12 +231,15 @@ def test_the_table_and_the_summary_are_means_over_the_runs(trio):
             ("policy/eval/length", "policy/eval/length", -1),
         ):
             values = [run[row][key] for run in runs]
-            assert mine[name] == pytest.approx({"mean": sum(values) / 2, "min": min(values), "max": max(values)})
+            known = {key: mine[name][key] for key in ("n", "mean", "min", "max", "iqm")}
+            mean = sum(values) / 2
+            assert known == pytest.approx({"n": 2, "mean": mean, "min": min(values), "max": max(values), "iqm": mean})
+            assert mine[name]["interval"] is mine[name]["iqm_interval"] is None  # of two
         assert (mine["runs"], mine["finished"]) == (2, 2)
         gold = mine["gold"]
         assert rows[arm][:2] == ["2/2", f"{mine['gold_before']['mean']:.3f}"]
         assert rows[arm][2] == f"{gold['mean']:.3f} ({gold['min']:.3f}–{gold['max']:.3f})"
-        assert rows[arm][6] == f"{mine['seconds']['mean']:,.0f}"
+        assert rows[arm][6] == f"{timing['arms'][arm]['seconds']['mean']:,.0f}"
         most = [max(row.get("reward/eval/letters", -1) for row in run) for run in runs]
         assert mine["max(reward/eval/letters)"]["max"] == pytest.approx(max(most))
         for seed, run in enumerate(runs):  # every round
@@ -246,18 +251,20 @@ def test_the_table_and_the_summary_are_means_over_the_runs(trio):
     assert rows["reinforce"][-1] == "–"
     times = [json.loads(line) for line in (trio.folder / "ppo,seed=0" / "metrics.jsonl").read_text().splitlines()]
     spent = sum(row.get("time/step", 0) + row.get("time/evaluate", 0) for row in times)
-    assert trio.summary["runs"]["ppo,seed=0"]["seconds"] == pytest.approx(spent)
+    assert timing["runs"]["ppo,seed=0"] == pytest.approx(spent)
+    assert "seconds" not in json.dumps(trio.summary)
 
 
 def test_the_summary_holds_every_evaluation(trio):
     run = trio.summary["runs"]["ppo,seed=1"]
     rows = metrics(trio.folder / "ppo,seed=1")
-    keys = {"step": "step", "kl": "kl/sequence", "gold": "reward/eval/letters", "labels": "reward/labels"}
+    keys = {"step": "step", "kl": "kl/sequence", "gold": "reward/eval/letters"}
+    keys |= {"labels": "reward/labels", "queries": "reward/queries", "tokens": "tokens/generated"}
     columns = ("policy/eval/length", "policy/clip_fraction")
-    assert run["evaluations"] == [
-        {name: row.get(key, 0) for name, key in keys.items()} | {name: row[name] for name in columns if name in row}
-        for row in rows
-    ]
+    for point, row in zip(run["evaluations"], rows, strict=True):
+        proxy = row["reward/eval/letters"] + 0.5 * row["reward/eval/parity"]
+        found = {name: row.get(key, 0) for name, key in keys.items()} | {"proxy": pytest.approx(proxy)}
+        assert point == found | {name: row[name] for name in columns if name in row}
     assert [point["labels"] for point in run["evaluations"]] == [0, 8, 16]  # two sources
     assert (run["arm"], run["seed"], run["error"]) == ("ppo", 1, None)
 
@@ -281,6 +288,7 @@ def test_what_is_finished_is_kept_and_another_configuration_is_refused(trio, mon
     """Keys of output alone may differ; nothing is started for either."""
     monkeypatch.chdir(trio.root)
     before = {p: p.stat().st_mtime_ns for p in trio.folder.rglob("*") if p.is_file()}
+    stated = {name: (trio.folder / name).read_bytes() for name in WRITTEN}
     code, out, err = said("trio.yaml", "base.log.samples=0", "base.log.every=1", "workers=1")
     assert code == 0, err
     assert "6 kept, 0 to do" in out
@@ -288,7 +296,8 @@ def test_what_is_finished_is_kept_and_another_configuration_is_refused(trio, mon
     rows = [line for line in trio.out.splitlines() if line.startswith("│ ppo")]
     assert rows == [line for line in out.splitlines() if line.startswith("│ ppo")]
     changed = {p.name for p, then in before.items() if p.stat().st_mtime_ns != then}
-    assert changed == {"compare.yaml", "summary.json", "frontier.png"}
+    assert changed == {"compare.yaml", *WRITTEN}
+    assert stated == {name: (trio.folder / name).read_bytes() for name in WRITTEN}
     for words in (["arms.ppo.trainer.epochs=3"], ["arms.ppo.trainer.epochs=3", "--dry-run"]):
         code, out, err = said("trio.yaml", *words)
         assert code == 2

@@ -33,7 +33,7 @@ def compare(
         dry_run: say what would be done, and write nothing.
 
     Returns:
-        The comparison's folder: compare.yaml, summary.json, frontier.png, and a folder a run.
+        The comparison's folder: compare.yaml, summary.json (and .csv, .md), timing.json, frontier.png, a folder a run.
 
     Raises:
         ValueError: a mistake in the configuration or a folder; nothing was started.
@@ -167,9 +167,9 @@ def begun(run: Run) -> bool:
 
 
 def conclude(made: Plan, errors: Mapping[str, str]) -> int:
-    """Table, summary.json and frontier.png of what is there. How many runs failed."""
+    """Table, summary.json (and .csv, .md), timing.json and frontier.png of what is there. How many runs failed."""
     from rlkl import plots
-    from rlkl.grid import cost, listed, results
+    from rlkl.grid import cost, listed, results, statements, tables
     from rlkl.grid.board import console
 
     config = made.config
@@ -179,19 +179,24 @@ def conclude(made: Plan, errors: Mapping[str, str]) -> int:
         if name in errors:
             found[name] = results.Result(run.arm, seed, str(run.folder), errors[name])
         else:
-            found[name] = results.read(run.folder, run.arm, seed, made.gold, config.match_kl, config.columns)
+            proxy = statements.proxy(run.config, made.gold)
+            found[name] = results.read(run.folder, run.arm, seed, made.gold, config.match_kl, config.columns, proxy)
     ended = {run.config.name: cost.bound(run) for run in made.runs}
     exact = listed.exact_points(made)
-    summary = results.summary(made, found)
-    summary |= {"exact": exact["frontier"], "exact_horizons": exact["horizons"]} if exact else {}
+    timing = statements.timing(made, found)
+    summary = statements.summary(made, found, exact["frontier"] if exact else None)
+    summary |= {"exact_horizons": exact["horizons"]} if exact else {}
     summary |= {"flags": fair.flags(made), "budgets": cost.caps(made), "tuning": cost.tuning(made)}
     for name, run in summary["runs"].items():
         run["ended"] = ended[name] if run["error"] is None else None
-    (made.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    written = {"summary.json": json.dumps(summary, indent=2) + "\n", "timing.json": json.dumps(timing, indent=2) + "\n"}
+    written |= {"summary.csv": tables.comma_separated(summary), "summary.md": tables.markdown(summary)}
+    for name, text in written.items():
+        (made.folder / name).write_text(text, encoding="utf-8")
     screen = console()
-    screen.print(results.table(made, summary), markup=False)
+    screen.print(tables.terminal(made, summary, timing), markup=False)
     failed = {name: r.error for name, r in found.items() if r.error is not None}
-    said = [*(listed.tell(exact) if exact else ()), *cost.endings(made, ended), *results.never(made, found)]
+    said = [*(listed.tell(exact) if exact else ()), *cost.endings(made, ended), *tables.never(made, found)]
     said += [f"{name}: FAILED: {error}" for name, error in failed.items()]
     curves = {arm: [r.frontier for r in found.values() if r.arm == arm and r.error is None] for arm in made.arms}
     points = {arm: runs for arm, runs in curves.items() if runs}

@@ -1,0 +1,194 @@
+"""The summary of a comparison for people: on the terminal, as Markdown, and as CSV."""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from rlkl.grid.plan import Plan
+from rlkl.grid.results import Result
+
+Tree = Mapping[str, Any]
+COLUMNS = ("n", "mean", "low", "high", "iqm", "iqm_low", "iqm_high", "min", "max", "coverage_normal", "coverage_least")
+
+
+def terminal(plan: Plan, summary: Tree, timing: Tree) -> Table:
+    """A row an arm: means over seeds; gold and KL with their interval, or of fewer than 3 seeds with their range."""
+    match = plan.config.match_kl
+    end = f"at {match:g} nats" if match else "at the end"
+    title = f"{plan.config.name}: {plan.gold} {end}, mean over seeds {_spread_said(summary)}"
+    out = Table(title=title, title_justify="left")
+    heads = ["arm", "runs", f"{plan.gold} before", f"{plan.gold} after" if not match else f"{plan.gold} {end}"]
+    heads += ["kl/sequence" if not match else "kl/sequence at the end", "tokens", "labels", "seconds"]
+    for head in [*heads, *plan.config.columns]:
+        out.add_column(head, justify="left" if head == "arm" else "right", overflow="fold")
+    names = ["gold_before", "gold", "kl_end", "tokens", "labels", "seconds", *plan.config.columns]
+    for arm, row in summary["arms"].items():
+        runs = f"{row['finished']}/{row['runs']}"
+        if row["counted"] < row["finished"]:
+            runs += f", {row['counted']} at {match:g} nats"
+        cells = {**row, **timing["arms"][arm]}
+        out.add_row(arm, runs, *(_cell(name, cells.get(name)) for name in names))
+    return out
+
+
+def never(plan: Plan, results: Mapping[str, Result]) -> list[str]:
+    """A line for each run that does not get to the matched KL."""
+    return [
+        f"{name}: never gets to {plan.config.match_kl:g} nats (at most "
+        f"{max(point['kl'] for point in r.frontier):.3g}); it is in no mean"
+        for name, r in results.items()
+        if r.error is None and not r.counted
+    ]
+
+
+def markdown(summary: Tree) -> str:
+    """summary.md: tables that can be pasted, each with what its numbers are."""
+    gold, match = summary["gold"], summary["match_kl"]
+    arms, area = summary["arms"], summary["area"]
+    parts = [f"# {summary['name']}", *_intervals_said(summary)]
+    heads = [f"{gold} at {match:g} nats" if match else f"{gold} at the end", f"{gold} before", "KL at the end, nats"]
+    rows = [
+        [
+            arm,
+            f"{row['counted']}/{row['runs']}",
+            estimate(row.get("gold")),
+            _iqm(row.get("gold")),
+            *map(estimate, (row.get("gold_before"), row.get("kl_end"))),
+        ]
+        for arm, row in arms.items()
+    ]
+    parts += [f"## {heads[0]}", _table(["arm", "runs", heads[0], "IQM", *heads[1:]], rows)]
+    for key, of, unit in (("kl", gold, "nats"), ("gold", "KL in nats", gold), ("labels", gold, "labels")):
+        found = summary["matched"][key]
+        if found:
+            heads = [f"{place['at']:,g} {unit}" for place in found]
+            rows = [[arm, *(estimate(place["arms"][arm], count=True) for place in found)] for arm in arms]
+            parts += [f"## {of} at matched {'KL' if key == 'kl' else unit}", _table(["arm", *heads], rows)]
+    if area:
+        rows = [[arm, estimate(row["area"]), estimate(row["area_share"])] for arm, row in arms.items()]
+        top = "exact frontier" if area["normaliser"] == "exact" else "range of all evaluations"
+        heads = ["arm", f"mean {gold} over √KL", f"from {area['low']:.3f} (0) to {area['high']:.3f} (1), {top}"]
+        parts += [f"## Area under the frontier, up to {area['limit']:.3g} nats", _table(heads, rows)]
+    for place in _tested(summary):
+        parts += [f"## Pairs, {gold} {place['said']}", _pairs(place["pairs"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def comma_separated(summary: Tree) -> str:
+    """summary.csv: a row for every cell, by where it was read, arm and quantity."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["at", "arm", "quantity", *COLUMNS])
+    for at, arm, quantity, cell in _cells(summary):
+        interval, iqm, held = (cell[k] or {} for k in ("interval", "iqm_interval", "interval"))
+        held = held.get("coverage", {})
+        row = {**cell, "low": interval.get("low"), "high": interval.get("high")}
+        row |= {"iqm_low": iqm.get("low"), "iqm_high": iqm.get("high")}
+        row |= {"coverage_normal": held.get("normal"), "coverage_least": held.get("least")}
+        writer.writerow([at, arm, quantity, *(row[name] for name in COLUMNS)])
+    return out.getvalue()
+
+
+def estimate(cell: Tree | None, count: bool = False) -> str:
+    """A mean with its interval, or with the range of fewer than 3 runs; ``count``: with their number."""
+    if cell is None:
+        return "–"
+    text = _cell("", cell)
+    return f"{text}, n={cell['n']}" if count else text
+
+
+def _iqm(cell: Tree | None) -> str:
+    return "–" if cell is None else f"{cell['iqm']:.3f}" + _bounds(cell["iqm_interval"] and _ends(cell["iqm_interval"]))
+
+
+def _ends(interval: Tree) -> tuple[float, float]:
+    return interval["low"], interval["high"]
+
+
+def _cells(summary: Tree) -> Iterator[tuple[str, str, str, Tree]]:
+    match, gold = summary["match_kl"], summary["gold"]
+    for arm, row in summary["arms"].items():
+        for quantity, cell in row.items():
+            if isinstance(cell, dict) and "mean" in cell:
+                yield (f"kl={match:g}" if match else "end"), arm, gold if quantity == "gold" else quantity, cell
+    for key, places in summary["matched"].items():
+        for place in places:
+            for arm, cell in place["arms"].items():
+                if cell:
+                    yield f"{key}={place['at']:g}", arm, "kl" if key == "gold" else gold, cell
+
+
+def _tested(summary: Tree) -> Iterator[Tree]:
+    """The places at which pairs are compared."""
+    if not summary["match_kl"] and summary["pairs"]:
+        yield {"said": "at the end", "pairs": summary["pairs"]}
+    for place in summary["matched"]["kl"]:
+        if place["pairs"]:
+            yield {"said": f"at {place['at']:g} nats", "pairs": place["pairs"]}
+
+
+def _pairs(pairs: Sequence[Tree]) -> str:
+    heads = ["", "difference", "p (Holm)", "P(improvement)", "the same runs on other prompts"]
+    rows = []
+    for pair in pairs:
+        p = "–" if pair["p_holm"] is None else f"{pair['p_holm']:.3g}"
+        prompts = pair["prompts"]
+        rows.append(
+            [
+                f"{pair['b']} − {pair['a']}",
+                f"{pair['difference']:+.3f}{_bounds(pair['interval'], '+')}",
+                p,
+                f"{pair['improvement']:.2f}{_bounds(pair['improvement_interval'])}",
+                "–" if prompts is None else f"{prompts['difference']:+.3f}{_bounds(prompts['interval'], '+')}",
+            ]
+        )
+    return _table(heads, rows)
+
+
+def _bounds(interval: Sequence[float] | None, sign: str = "") -> str:
+    return "" if interval is None else f" ({interval[0]:{sign}.3f} to {interval[1]:{sign}.3f})"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def _intervals_said(summary: Tree) -> list[str]:
+    """How the numbers in brackets came about, and how often such intervals hold."""
+    cells = [row["gold"] for row in summary["arms"].values() if row.get("gold")]
+    counts = sorted({cell["n"] for cell in cells if cell["interval"]})
+    said = [f"{summary['gold']}: mean over seeds {_spread_said(summary)}."]
+    for n in counts:
+        held = next(cell["interval"]["coverage"] for cell in cells if cell["n"] == n and cell["interval"])
+        said.append(
+            f"Of {n} seeds, 95 % intervals of this kind held in {100 * held['normal']:.0f} % of simulations with "
+            f"normal seeds and in {100 * held['least']:.0f} % in the worst case tried (simulated at {held['seeds']})."
+        )
+    return [" ".join(said)]
+
+
+def _spread_said(summary: Tree) -> str:
+    """What stands in brackets."""
+    cells = [row["gold"] for row in summary["arms"].values() if row.get("gold")]
+    kinds = {bool(cell["interval"]) for cell in cells}
+    if len(kinds) > 1:
+        return "(95 % t interval, or least–most of fewer than 3)"
+    return "(95 % t interval)" if True in kinds else "(least–most)"
+
+
+def _cell(name: str, cell: Tree | None) -> str:
+    if cell is None:
+        return "–"
+    mean, low, high = (cell[k] for k in ("mean", "min", "max"))
+    if name in ("tokens", "labels", "queries", "seconds"):
+        return f"{mean:,.0f}"
+    if name == "gold_before":
+        return f"{mean:.3f}"
+    if cell["interval"]:
+        low, high = cell["interval"]["low"], cell["interval"]["high"]
+    to = " to " if cell["interval"] else "–"
+    return f"{mean:.3f}" + (f" ({low:.3f}{to}{high:.3f})" if low < high else "")
