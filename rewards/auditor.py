@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from rlkl import models
+from rlkl.config import CounterfactualSource
+from rlkl.rewards.function import resolve
 
 Verdict = Callable[[str, str | None], Any]
 """``(x, x′ or None)`` to a verdict that can be compared; without x′, on x."""
@@ -40,3 +42,15 @@ class ClassifierAuditor:
         device = next(self.model.parameters()).device
         label = int(self.model(input_ids=torch.tensor([list(ids)], device=device)).logits[0].argmax())
         return str(self.model.config.id2label.get(label, label))
+
+
+def auditor(name: str, config: CounterfactualSource) -> Verdict | None:
+    """The auditor of a source, if it has one.
+
+    Raises:
+        ValueError: it cannot be imported or loaded.
+    """
+    if config.auditor is None or not config.classifies:
+        return None if config.auditor is None else resolve(config.auditor)
+    template = config.template_auditor
+    return ClassifierAuditor(config.auditor, f"rewards.{name}.auditor", lambda x, y: template.format(x=x, x_prime=y))

@@ -13,8 +13,9 @@ from rlkl.config.counterfactual import context
 from rlkl.data.settled import settled
 from rlkl.faults import limit
 from rlkl.policy import Policy
-from rlkl.rewards.auditor import ClassifierAuditor, Verdict
+from rlkl.rewards.auditor import auditor
 from rlkl.rewards.function import pay_at_end, probe_causality, resolve
+from rlkl.rewards.predictor import Pair, Predictor, stored
 from rlkl.sampling import pad
 from rlkl.types import End, Rollout, TokenRewards
 
@@ -35,31 +36,24 @@ class CounterfactualReward:
 
     At token t :math:`b_t=\log p(x'_t\mid x,x'_{<t})-c\log p(x'_t\mid x'_{<t})`; at the last policy token
     :math:`+\lambda_y\log p(y'\mid x')+(g-1)\sum_t b_t`, with g = 1 where the auditor's verdict on x′ is another than
-    that on x (or there is no auditor), else 0. p is frozen: its parameters never change. An EOS of the policy counts
-    as a token where the scorer has one. Every completion is one query, and one label where there is an auditor.
+    that on x (or there is no auditor), else 0. The scorer is frozen: its parameters never change; so is the predictor
+    of outcomes, unless it is ``joint``. An EOS of the policy counts as a token where the scorer has one. Every
+    completion is one query, and one label where there is an auditor; every outcome that joint observes is a label.
     """
 
     def __init__(self, name: str, config: CounterfactualSource) -> None:
         self.name = name
         self.config = config
         self.c = config.c
-        self.auditor = self._auditor()
+        self.auditor = auditor(name, config)
         self.own = config.scorer == "reference"  # then the tokenizer is the policy's
         self.scorer: Any = None
         self.tokenizer: Any = None
         self.context: int | None = None
+        self.outcomes = None if config.outcome is None else resolve(config.outcome)
+        self.predictor: Predictor | None = None
         if not self.own:
             self._load(config.scorer)
-
-    def _auditor(self) -> Verdict | None:
-        if self.config.auditor is None:
-            return None
-        if not self.config.classifies:
-            return resolve(self.config.auditor)
-        template = self.config.template_auditor
-        return ClassifierAuditor(
-            self.config.auditor, f"rewards.{self.name}.auditor", lambda x, y: template.format(x=x, x_prime=y)
-        )
 
     def _load(self, path: str) -> None:
         key = f"rewards.{self.name}.scorer"
@@ -69,6 +63,8 @@ class CounterfactualReward:
             path = str((facts if path == "facts" else fix_model).load_path())
         model, self.tokenizer = models.from_folder(path, "auto", key)
         model.requires_grad_(False)
+        if self.config.predictor == "joint":
+            self.predictor = Predictor(model, self.config)
         self.scorer = Policy(model, reference=model).eval()
         self.context = models.context_length(model)
 
@@ -118,6 +114,50 @@ class CounterfactualReward:
         judged = 0 if self.auditor is None else len(rollout)
         return TokenRewards(value_BT, rollout.policy_mask_BT, queries=len(rollout), labels=judged)
 
+    def prepare(self, samples: Callable[[int], Rollout], seed: int) -> dict[str, float]:
+        """Let a joint predictor learn from outcomes of the untrained policy's samples.
+
+        Raises:
+            RunError: the outcome of a sample cannot be had.
+        """
+        return {} if self.predictor is None else self.predictor.prepare(samples, self._observed)
+
+    def learn(self, rollout: Rollout, step: int) -> dict[str, float]:
+        """Let a joint predictor learn from the outcomes of a step's samples.
+
+        Raises:
+            RunError: as above.
+        """
+        return {} if self.predictor is None else self.predictor.learn(rollout, step, self._observed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the predictor has learned."""
+        return {} if self.predictor is None else self.predictor.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        assert self.predictor is not None
+        self.predictor.load_state_dict(state)
+
+    def _observed(self, rollout: Rollout, count: int) -> list[Pair]:
+        """What came of the first ``count`` samples: what stands before y′, and the y′ that was observed."""
+        assert self.outcomes is not None
+        key, pairs = "template_outcome", []
+        with limit(self.config.timeout, f"reward {self.name}: the outcome"):
+            for i, columns in enumerate(self._columns(rollout)[:count]):
+                x, at = self._text("outcome", rollout, i, columns, "x"), self._at(rollout, i)
+                try:
+                    said = self.outcomes(x, columns["x_prime"])
+                except RunError:
+                    raise
+                except (Exception, SystemExit) as error:  # whatever a stranger's function raises
+                    raise RunError(f"{at}: the outcome: {type(error).__name__}: {error}") from error
+                if not isinstance(said, str) or not said:
+                    raise RunError(f"{at}: the outcome is {said!r}; return a text")
+                ids = self.tokenizer(said, add_special_tokens=False)["input_ids"]
+                pairs.append((self._ids(key, rollout, i, columns), ids))
+        return pairs
+
     @torch.no_grad()
     def probe(self, rollout: Rollout) -> None:
         """Check once that templates fit the data and that the dense part is causal; the auditor is not asked.
@@ -142,7 +182,8 @@ class CounterfactualReward:
         rows = []
         for i, text in enumerate(rollout.texts()):
             columns = {name: values[i] for name, values in rollout.columns.items()}
-            rows.append({"x": columns.get("prompt"), **columns, "x_prime": text, "completion": text})
+            wanted = {} if self.config.y_prime is None else {"y_prime": self.config.y_prime}
+            rows.append({"x": columns.get("prompt"), **columns, **wanted, "x_prime": text, "completion": text})
         return rows
 
     def _bracket(self, rollout: Rollout, asked: Sequence[dict[str, Any]]) -> Tensor:
@@ -247,26 +288,17 @@ class CounterfactualReward:
                 raise RunError(
                     f"{at} has {length} tokens in {key}; the scorer reads {self.context} at most; shorten it"
                 )
-        if not self.own:
-            self.scorer.to(rollout.tokens_BT.device)
+        scorer = self.scorer
+        if self.predictor is not None and key == "template_outcome":
+            self.predictor.place(rollout.tokens_BT.device)
+            scorer = self.predictor.policy
+        elif not self.own:
+            scorer.to(rollout.tokens_BT.device)
         device, width, size = rollout.tokens_BT.device, max(map(len, rows)), self.config.micro_batch
         parts = []
         for start in range(0, len(rows), size):
-            prompt_BP, prompt_length_B = pad(contexts[start : start + size])
-            tokens_BS, length_B = pad(rows[start : start + size])
-            tokens_BS = torch.nn.functional.pad(tokens_BS, (0, max(width, 1) - tokens_BS.shape[1]))
-            mask_BS = torch.arange(tokens_BS.shape[1]) < length_B[:, None]
-            read = Rollout(
-                prompt_BP=prompt_BP,
-                prompt_length_B=prompt_length_B,
-                tokens_BT=tokens_BS,
-                length_B=length_B,
-                policy_mask_BT=mask_BS,
-                end_B=torch.full_like(length_B, int(End.LIMIT)),
-                group_B=torch.zeros_like(length_B),
-                sample_id_B=torch.arange(len(length_B)),
-            ).to(device)
-            parts.append(self.scorer(read, {"ref_logp"}).get("ref_logp_BT"))
+            read = stored(contexts[start : start + size], rows[start : start + size], width).to(device)
+            parts.append(scorer(read, {"ref_logp"}).get("ref_logp_BT"))
         return torch.cat(parts)
 
     def _at(self, rollout: Rollout, i: int) -> str:

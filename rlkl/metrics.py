@@ -46,6 +46,10 @@ METRICS: dict[str, tuple[str, str]] = {
         "standard deviations of that source over the untrained policy's held-out samples (a model that has changed "
         "since scores them again); above 0 it claims more than gold gives",
     ),
+    "reward/learn/<source>/loss": (
+        "nats an outcome",
+        "-log p of the outcomes that a joint predictor just observed, before it learned from them, mean",
+    ),
     "reward/learn/<source>/rows": (
         "judgements",
         "comparisons without ties, or completions with marks, that the model has learned from; after it learned",

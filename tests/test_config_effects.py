@@ -534,6 +534,43 @@ def test_a_classifying_auditor_reads_its_template(run, tiny_model, tmp_path):
     assert alone != after_x
 
 
+JOINT = {
+    "predictor": "joint",
+    "outcome": "test_config_effects:lengths",
+    "template_outcome": "{x_prime}: {y_prime}",
+    "y_prime": "odd",
+    "budget": 12,
+}
+
+
+def lengths(x: str, x_prime: str) -> str:
+    return "odd" if len(x_prime) % 2 else "even"
+
+
+@shows(*(f"rewards.counterfactual.{key}" for key in ("predictor", "outcome", "y_prime", "budget", "start", "every")))
+@shows("rewards.counterfactual.updates", "rewards.counterfactual.learning_rate")
+def test_a_joint_predictor_learns_what_came_of_samples(run, tiny_model):
+    def trained(**changes: Any) -> Path:
+        given = {"scorer": str(tiny_model), **JOINT, **changes}
+        return scored(run, **{key: value for key, value in given.items() if value is not None})
+
+    def labels(**changes: Any) -> list[float]:
+        return [row.get("reward/labels", 0) for row in metrics(trained(**changes))]
+
+    def loss(**changes: Any) -> float:
+        return series(trained(start=0.0, **changes), "reward/learn/cf/loss")[-1]
+
+    assert labels() == [6, 10, 12] and labels(budget=7) == [4, 7, 7]
+    assert labels(start=0.0) == [0, 4, 8] and labels(every=2) == [6, 6, 10]
+    alone = trained(predictor=None, outcome=None, budget=None)
+    assert metrics(alone)[1]["reward/labels"] == 0 and "reward/learn/cf/loss" not in metrics(alone)[1]
+    usual = loss()
+    assert loss(updates=20) < usual and loss(learning_rate=1e-2) < usual
+    assert series(alone, "reward/train/cf") != series(
+        trained(predictor=None, outcome=None, budget=None, y_prime="even"), "reward/train/cf"
+    )
+
+
 def one_verdict(x: str, x_prime: str | None) -> str:
     return "the same"
 

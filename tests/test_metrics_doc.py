@@ -50,7 +50,11 @@ RUNS: dict[str, Tree] = {
     "fix": {
         "model": {"type": "fix"},
         "data": {"type": "fix"},
-        "rewards": {"cf": {"type": "counterfactual", "template_marginal": ">{x_prime}", "c_end": 0.5, "c_steps": 2}},
+        "rewards": {
+            "cf": {"type": "counterfactual", "template_marginal": ">{x_prime}", "c_end": 0.5, "c_steps": 2}
+            | {"scorer": "fix", "template_outcome": "{x_prime}?{y_prime}", "predictor": "joint", "budget": 8}
+            | {"outcome": "rlkl.tasks.fix:experiment"}
+        },
     },
     "a model that is taught": {
         "rewards": {

@@ -220,6 +220,11 @@ class Config(Section):
     def _check_taught(self) -> None:
         """Refuse reward models that learn from samples of which there are none, and a gold that is no source."""
         for name, source in self.rewards.items():
+            if source.type == "counterfactual" and source.predictor == "joint" and self.offline:
+                raise ValueError(
+                    f"rewards.{name}.predictor=joint with data.type={self.data.type}: it learns what came of the "
+                    "policy's samples, and training has none; set predictor=control"
+                )
             if source.type != "learned" or source.labeller is None:
                 continue
             if self.offline:

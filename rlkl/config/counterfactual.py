@@ -43,7 +43,29 @@ class CounterfactualSource(RewardSource):
     template_auditor: str = Field(
         "{x_prime}", description="what a classifying auditor reads of an edit; of an input it reads {x}"
     )
-    timeout: float | None = Field(600, gt=0, description="seconds that the auditor may take a batch; null = any time")
+    predictor: Literal["control", "joint"] = Field(
+        "control",
+        description="of log p(y'|x'): control = the scorer, frozen; joint = a copy of it that learns what came of the "
+        "policy's samples",
+    )
+    outcome: str | None = Field(
+        None,
+        pattern=rf"^{FUNCTION}$",
+        description="joint: module:function, (x, x_prime) -> the text y' that was observed; each answer is a label",
+    )
+    y_prime: str | None = Field(
+        None, min_length=1, description="the outcome that is wanted of every record, as column y_prime; null = its own"
+    )
+    budget: Positive | None = Field(None, description="joint: labels of the whole run, at most")
+    start: float = Field(
+        0.5, ge=0, le=1, description="joint: share of the budget spent on the untrained policy's samples, before step 1"
+    )
+    every: Positive = Field(1, description="joint: steps between two whose samples' outcomes are observed, all of them")
+    updates: Positive = Field(4, description="joint: AdamW steps on the outcomes of a batch")
+    learning_rate: float = Field(1e-4, gt=0, description="joint: of those steps")
+    timeout: float | None = Field(
+        600, gt=0, description="seconds that auditor, or outcome, may take a batch; null = any time"
+    )
     micro_batch: Positive = Field(64, description="completions scored together; changes memory, not results")
 
     @model_validator(mode="after")
@@ -72,9 +94,27 @@ class CounterfactualSource(RewardSource):
                 f"template_auditor={self.template_auditor!r} with auditor={self.auditor}: only a classifier reads it; "
                 "drop it"
             )
+        self._check_predictor()
         if (self.c_end is None) != (self.c_steps is None):
             raise ValueError(f"c_end={self.c_end} with c_steps={self.c_steps}: a schedule of c needs both")
         return self
+
+    def _check_predictor(self) -> None:
+        """Refuse keys that nothing reads, and a predictor that has nothing to learn from."""
+        if self.y_prime is not None and "{y_prime}" not in (self.template_outcome or ""):
+            raise ValueError(
+                f"y_prime={self.y_prime} without {{y_prime}} in template_outcome: nothing reads it; drop it"
+            )
+        if self.predictor == "control":
+            for name in ("outcome", "budget", "start", "every", "updates", "learning_rate"):
+                if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name}={value} with predictor=control: it learns nothing; set predictor=joint")
+            return
+        for name in ("template_outcome", "outcome", "budget"):
+            if getattr(self, name) is None:
+                raise ValueError(f"predictor=joint without {name}: it learns outcomes from labels; set {name}")
+        if self.scorer == "reference":
+            raise ValueError("predictor=joint with scorer=reference: what learns is a copy; name the scorer's folder")
 
     @property
     def origin(self) -> str:

@@ -154,6 +154,11 @@ def gold(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> 
     return [sum(span.label == "right" for span in annotate(completion)) / FACTS for completion in completions]
 
 
+def outcome(x: str, x_prime: str) -> str:
+    """Return what is observed of a completion: good where all its three facts are right, else bad."""
+    return "good" if gold((), (x_prime,))[0] == 1 else "bad"
+
+
 def prefer(completion_a: str, completion_b: str) -> int:
     """Return 1 if the first completion has the higher gold score, 2 if the second has, 0 if they tie."""
     first, second = gold((), (completion_a, completion_b))

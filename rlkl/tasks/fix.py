@@ -183,6 +183,12 @@ def audit_fooled(x: str, x_prime: str | None = None) -> str:
     return audit(x, x_prime)
 
 
+def experiment(x: str, x_prime: str) -> str:
+    """What came of an edit, + or -: drawn by its law, once and for all for each x and x′."""
+    chance = (PASS if audit(x, x_prime) == "pass" else FAIL) if _edit(x_prime) else MALFORMED
+    return SAYS_PASS if random.Random(f"{x}>{x_prime}").random() < chance else SAYS_FAIL
+
+
 def convinced(prompts: Sequence[str], completions: Sequence[str], x: Sequence[str], **columns: Any) -> list[float]:
     """1 for each completion that the fooled auditor takes for a fix of its x, else 0."""
     return [float(audit_fooled(one, text) == "pass") for one, text in zip(x, completions, strict=True)]
