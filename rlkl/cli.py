@@ -68,6 +68,18 @@ def compare(
     run(config, overrides or [], overwrite=overwrite, dry_run=dry_run)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(help="folders of comparisons, of runs, or of both")],
+    output: Annotated[str, typer.Option("--output", "-o", help="the page, replaced if it is there")] = "report.html",
+    gold: Annotated[str | None, typer.Option(help="the reward that counts, of those under rewards:")] = None,
+) -> None:
+    """Put comparisons and runs on one page that needs no network: answers, figures, samples, settings."""
+    from rlkl.report.build import report as build
+
+    print(build(runs, output, gold))
+
+
 @app.command("reward-model")
 def reward_model(
     config: Annotated[str, typer.Argument(help="a YAML file, see configs/reward_model/")],

@@ -85,7 +85,7 @@ def frontier(
     left.set_xscale("function", functions=(lambda x: x.clip(min=0) ** 0.5, lambda x: x**2))
     most = max([p["kl"] for runs in arms.values() for run in runs for p in run] + [match_kl or 0.0]) or 1.0
     left.set_xlim(0, most * 1.05)
-    left.set_xticks(_square_ticks(most))
+    left.set_xticks(square_ticks(most))
     left.xaxis.set_major_formatter("{x:g}")
     left.set(xlabel="KL to the reference, nats a sequence (square-root scale)", ylabel=f"{gold} (held out)")
     left.legend(frameon=False, fontsize=9)
@@ -148,7 +148,7 @@ def _exact(axis: Any, exact: Mapping[str, Any]) -> None:
         axis.text(point["kl"], point["gold"], text, fontsize=9, va="top")
 
 
-def _square_ticks(most: float) -> list[float]:
+def square_ticks(most: float) -> list[float]:
     """Round numbers of nats that stand about evenly on a square-root scale."""
     unit = 10.0 ** math.floor(math.log10(most))
     rounds = (0, 0.01, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 4, 6, 8, 10)

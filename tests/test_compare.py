@@ -152,7 +152,7 @@ def test_every_arm_and_seed_is_an_ordinary_run(trio):
     assert trio.code == 0, trio.err
     names = [f"{arm},seed={seed}" for arm in ("likelihood", "ppo", "reinforce") for seed in (0, 1)]
     assert list(runs_of(trio)) == names
-    assert {p.name for p in trio.folder.iterdir() if p.is_file()} == {"compare.yaml", "dashboards.json", *WRITTEN}
+    assert {p.name for p in trio.folder.iterdir() if p.is_file()} == {"compare.yaml", "dashboards.json", "report.html", *WRITTEN}
     config = settings.load(trio.folder / "ppo,seed=1" / "config.yaml")
     assert (config.name, config.folder, config.seed, config.log.group) == ("ppo,seed=1", "runs/trio", 1, "trio")
     assert (config.trainer.type, config.trainer.epochs) == ("ppo", 2)
@@ -296,7 +296,7 @@ def test_what_is_finished_is_kept_and_another_configuration_is_refused(trio, mon
     rows = [line for line in trio.out.splitlines() if line.startswith("│ ppo")]
     assert rows == [line for line in out.splitlines() if line.startswith("│ ppo")]
     changed = {p.name for p, then in before.items() if p.stat().st_mtime_ns != then}
-    assert changed == {"compare.yaml", "dashboards.json", *WRITTEN}
+    assert changed == {"compare.yaml", "dashboards.json", "report.html", *WRITTEN}
     assert stated == {name: (trio.folder / name).read_bytes() for name in WRITTEN}
     for words in (["arms.ppo.trainer.epochs=3"], ["arms.ppo.trainer.epochs=3", "--dry-run"]):
         code, out, err = said("trio.yaml", *words)

@@ -336,9 +336,9 @@ def test_the_frontier_has_a_line_a_run_a_colour_an_arm_and_a_root_axis(tmp_path,
 
 @pytest.mark.parametrize("most", [1e-6, 0.03, 0.7, 1.0, 9.7, 25.0, 300.0])
 def test_ticks_are_few_and_apart_at_every_scale(most):
-    from rlkl.plots import _square_ticks
+    from rlkl.plots import square_ticks
 
-    ticks = _square_ticks(most)
+    ticks = square_ticks(most)
     assert ticks[0] == 0
     assert 4 <= len(ticks) <= 12
     assert ticks[-1] > most / 2

@@ -33,7 +33,8 @@ def compare(
         dry_run: say what would be done, and write nothing.
 
     Returns:
-        The comparison's folder: compare.yaml, summary.json (and .csv, .md), timing.json, frontier.png, a folder a run.
+        The comparison's folder: compare.yaml, summary.json (and .csv, .md), timing.json, frontier.png, report.html, and
+        a folder a run.
 
     Raises:
         ValueError: a mistake in the configuration or a folder; nothing was started.
@@ -167,10 +168,11 @@ def begun(run: Run) -> bool:
 
 
 def conclude(made: Plan, errors: Mapping[str, str]) -> int:
-    """Table, summary.json (and .csv, .md), timing.json and frontier.png of what is there. How many runs failed."""
+    """Table, summary.json and its kin, frontier.png and report.html of what is there. How many runs failed."""
     from rlkl import plots
     from rlkl.grid import cost, listed, results, statements, tables
     from rlkl.grid.board import console
+    from rlkl.report.build import report
 
     config = made.config
     found = {}
@@ -202,8 +204,10 @@ def conclude(made: Plan, errors: Mapping[str, str]) -> int:
     points = {arm: runs for arm, runs in curves.items() if runs}
     picture = made.folder / "frontier.png"
     picture.unlink(missing_ok=True)
+    (made.folder / "report.html").unlink(missing_ok=True)
     if points:
         said.append(f"figure: {plots.frontier(picture, points, made.gold, config.match_kl, exact)}")
+        said.append(f"page: {report([made.folder], made.folder / 'report.html')}")
     for text in [*said, f"summary: {made.folder / 'summary.json'}"]:
         screen.print(text, markup=False, soft_wrap=True)
     return len(failed)

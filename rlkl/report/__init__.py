@@ -1,0 +1,1 @@
+"""Comparisons and runs as one page that needs no network."""

@@ -1,0 +1,194 @@
+"""The page: what it shows, put together for its template, and the file that is written."""
+
+import base64
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+import rlkl
+from rlkl import settings
+from rlkl.grid import fair, plan
+from rlkl.report import figures, svg
+from rlkl.report.answers import answers
+from rlkl.report.figures import Figure
+from rlkl.report.load import Data, load
+from rlkl.report.shown import shown
+from rlkl.report.words import cell, number, signed, told
+
+COLLAPSE = {
+    "policy/eval/entropy": ("Entropy", "nats a token"),
+    "policy/eval/distinct_2": ("Distinct bigrams", "share"),
+    "policy/eval/self_bleu": ("Self-BLEU", "share"),
+    "policy/eval/length": ("Length", "tokens"),
+}
+HERE = Path(__file__).parent
+MOST_PANELS = 12
+
+
+def report(folders: Sequence[str | Path], output: str | Path, gold: str | None = None) -> Path:
+    """Write the page of comparisons and runs to ``output``, which is replaced as a whole.
+
+    Raises:
+        ValueError: a folder is neither, nothing in it can be reported, or the page cannot be written.
+    """
+    path = Path(output)
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; name a file, such as {path / 'report.html'}")
+    text = page(load(folders, gold), [str(folder) for folder in folders])
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror}); choose another --output") from None
+    return path
+
+
+def page(data: Data, folders: Sequence[str]) -> str:
+    """The page as one HTML document that asks for nothing else."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "cell": cell, "mean": _mean, "signed": signed, "json": _json}
+    environment.tests |= {"told": told, "drawn": lambda arm, data: bool(data.of(arm))}
+    style, script = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    return environment.get_template("page.html").render(
+        **context(data, folders),
+        style=Markup(style),  # our own files; all else is escaped
+        script=Markup(script),
+        hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def context(data: Data, folders: Sequence[str]) -> dict[str, Any]:
+    """What the template names."""
+    styles = svg.styles({arm: runs[0].of for arm, runs in data.plan.arms.items()})
+    seeds = sorted({member.seed for member in data.members})
+    return {
+        "version": rlkl.__version__,
+        "name": data.summary["name"],
+        "gold": data.gold,
+        "data": data,
+        "summary": data.summary,
+        "styles": styles,
+        "seeds": seeds,
+        "answers": answers(data),
+        "coverage": _coverage(data),
+        "frontier": _frontier(data, styles),
+        "curves": _curves(data, styles),
+        "over": _over(data, styles),
+        "collapse": _collapse(data, styles),
+        "profile": figures.profile(data, styles),
+        "ended": _ended(data),
+        "shown": shown(data),
+        "differs": plan.diff(data.plan) if len(data.arms) > 1 else {},
+        "flags": [fair.told(flag).removeprefix("warning: ") for flag in fair.flags(data.plan)],
+        "budgets": {name: cap for name, cap in data.plan.config.budgets.model_dump().items() if cap is not None},
+        "shared": _shared(data),
+        "environments": _environments(data),
+        "commands": _commands(data, folders),
+    }
+
+
+def _mean(found: Mapping[str, float] | None) -> str:
+    return number(found["mean"]) if found else "–"
+
+
+def _json(value: Any) -> Markup:
+    """JSON inside a script element: nothing in it can end the element or begin a comment."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _frontier(data: Data, styles: dict[str, svg.Style]) -> list[Figure]:
+    made = [figures.frontier(data, styles, "gold", figures.called(data))]
+    made.append(figures.frontier(data, styles, "proxy", "proxy (what is trained on)"))
+    return [one for one in made if one]
+
+
+def _curves(data: Data, styles: dict[str, svg.Style]) -> list[Figure]:
+    gold = figures.called(data)
+    wanted = [
+        ("step", "step", "gold", gold, "gold by step"),
+        ("step", "step", "kl", "KL, nats a sequence", "KL by step"),
+    ]
+    wanted.append(("queries", "label queries of training", "gold", gold, "gold by labels"))
+    wanted.append(("tokens", "training tokens sampled", "gold", gold, "gold by tokens"))
+    rows = [run["evaluations"][-1] for run in data.summary["runs"].values() if run.get("evaluations")]
+    used = [one for one in wanted if any(row.get(one[0]) for row in rows)]
+    made = [
+        figures.curve(data, styles, f"curve{k}", (x, xlabel), key, label, f"{title[0].upper()}{title[1:]}")
+        for k, (x, xlabel, key, label, title) in enumerate(used)
+    ]
+    return [one for one in made if one]
+
+
+def _over(data: Data, styles: dict[str, svg.Style]) -> list[Figure]:
+    made = (figures.overoptimisation(data, arm, styles[arm], k) for k, arm in enumerate(data.arms))
+    return [one for one in made if one][:MOST_PANELS]
+
+
+def _collapse(data: Data, styles: dict[str, svg.Style]) -> list[Figure]:
+    made = []
+    for key, (title, unit) in COLLAPSE.items():
+        name = key.rpartition("/")[2]
+        made.append(figures.curve(data, styles, name, ("step", "step"), key, f"{title}, {unit}", f"{title} by step"))
+    return [one for one in made if one]
+
+
+def _coverage(data: Data) -> dict[str, Any] | None:
+    """What was measured of the intervals in use: those of the arm with the fewest seeds that has one."""
+    cells = [row.get("gold") for row in data.summary["arms"].values()]
+    found = [one["interval"]["coverage"] for one in cells if one and one.get("interval")]
+    return min(found, key=lambda one: one["seeds"]) if found else None
+
+
+def _ended(data: Data) -> list[str]:
+    """How many runs of each arm a cap has ended."""
+    caps: dict[tuple[str, str], int] = {}
+    for run in data.summary["runs"].values():
+        if run.get("ended"):
+            caps[run["arm"], run["ended"]] = caps.get((run["arm"], run["ended"]), 0) + 1
+    return [f"{arm}: {count} by {cap}" for (arm, cap), count in caps.items()]
+
+
+def _shared(data: Data) -> str:
+    """The settings in which all arms agree, as dotted keys."""
+    runs = [settings.decisive(runs[0].config) for runs in data.plan.arms.values()]
+    same = {key: x for key, x in runs[0].items() if key != "seed" and all(one.get(key, runs) == x for one in runs)}
+    return yaml.safe_dump(same, sort_keys=False, allow_unicode=True, width=10**6)
+
+
+def _environments(data: Data) -> list[tuple[str, dict[str, str]]]:
+    """Machines and versions, each with the runs that were made there."""
+    found: dict[str, tuple[list[str], dict[str, str]]] = {}
+    for member in data.members:
+        known = {key: x for key, x in member.environment.items() if key != "command"}
+        if known:
+            flat = {key: str(x) for key, x in settings.flat(known)}
+            found.setdefault(json.dumps(flat), ([], flat))[0].append(member.name)
+    total = sum(len(names) for names, _ in found.values())
+    return [("all runs" if len(names) == total else ", ".join(names), flat) for names, flat in found.values()]
+
+
+def _commands(data: Data, folders: Sequence[str]) -> list[tuple[str, str, str]]:
+    """What makes the runs and the page again: what for, the command, and the file that it needs."""
+    made = [(f"the comparison {name}", "rlkl compare compare.yaml", text) for name, text in data.compared.items()]
+    if not made:
+        made = [
+            (m.name, "rlkl train config.yaml", (m.folder / "config.yaml").read_text(encoding="utf-8"))
+            for m in data.members[:MOST_PANELS]
+        ]
+    return [*made, ("this page", shlex.join(["rlkl", "report", *folders, "-o", "report.html"]), "")]

@@ -1,0 +1,202 @@
+"""Folders of comparisons and of single runs to what the page needs of them."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rlkl import settings
+from rlkl.config import Config
+from rlkl.config.compare import CompareConfig
+from rlkl.grid import plan, results, statements
+from rlkl.grid.plan import Plan, Run
+from rlkl.tracking import read_rows
+
+Row = dict[str, Any]
+SEED = re.compile(r"[,_-]seed[=_-]?\d+$")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run on the page, with its files as they are now; ``of`` is its arm without the values of axes."""
+
+    name: str
+    arm: str
+    config: Config
+    folder: Path
+    of: str
+    error: str | None = None
+
+    @property
+    def seed(self) -> int:
+        """Of its randomness."""
+        return self.config.seed
+
+    @cached_property
+    def evaluations(self) -> list[Row]:
+        """Rows of metrics.jsonl with an evaluation."""
+        return [row for row in read_rows(self.folder / "metrics.jsonl") if "kl/sequence" in row]
+
+    @cached_property
+    def samples(self) -> list[Row]:
+        """Rows of samples.jsonl of the first and the last evaluation."""
+        rows = list(read_rows(self.folder / "samples.jsonl"))
+        ends = {rows[0]["step"], rows[-1]["step"]} if rows else set()
+        return [row for row in rows if row["step"] in ends]
+
+    @cached_property
+    def environment(self) -> Row:
+        """What env.json says, or nothing."""
+        path = self.folder / "env.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+@dataclass(frozen=True)
+class Data:
+    """All that the page shows: the plan of its runs, what they came to, and their files."""
+
+    plan: Plan
+    summary: Row
+    members: list[Member]
+    compared: dict[str, str] = field(default_factory=dict)
+    """Name of a comparison -> its compare.yaml."""
+
+    @property
+    def arms(self) -> list[str]:
+        """In the order of the plan."""
+        return list(self.plan.arms)
+
+    @property
+    def gold(self) -> str:
+        """The reward that counts."""
+        return self.plan.gold
+
+    def of(self, arm: str) -> list[Member]:
+        """The runs of an arm that count."""
+        return [member for member in self.members if member.arm == arm and member.error is None]
+
+    @property
+    def failed(self) -> list[Member]:
+        """The runs that count nowhere."""
+        return [member for member in self.members if member.error is not None]
+
+
+def load(folders: Sequence[str | Path], gold: str | None = None) -> Data:
+    """Read comparisons and runs; several folders become one comparison, whose arms carry the names of theirs.
+
+    Raises:
+        ValueError: a folder is neither, holds no finished run, or the runs have no reward in common.
+    """
+    if not folders:
+        raise ValueError("rlkl report: no folder; give those of comparisons or of runs")
+    members: list[Member] = []
+    compared: dict[str, str] = {}
+    plans: list[Plan] = []
+    for folder in map(Path, folders):
+        if (folder / "compare.yaml").is_file():
+            plans.append(plan.make(folder / "compare.yaml"))
+            compared[_free(folder.resolve().name, compared)] = (folder / "compare.yaml").read_text(encoding="utf-8")
+            prefix = f"{plans[-1].config.name}/" if len(folders) > 1 else ""
+            members += [
+                Member(run.config.name, prefix + run.arm, run.config, folder / run.config.name, prefix + run.of)
+                for run in plans[-1].runs
+            ]
+        elif (folder / "config.yaml").is_file():
+            config = settings.load(folder / "config.yaml")
+            arm = SEED.sub("", config.name)
+            members.append(Member(config.name, arm, config, folder, arm))
+        else:
+            raise ValueError(
+                f"{folder}: neither a run (config.yaml) nor a comparison (compare.yaml); name their folders"
+            )
+    members = _distinct(members)
+    chosen = gold or (plans[0].gold if plans else next(iter(members[0].config.rewards), ""))
+    whole = _whole(plans, members, chosen)
+    members = [_judged(member, chosen) for member in members]
+    if all(member.error is not None for member in members):
+        raise ValueError("\n".join(f"{m.name}: {m.error}" for m in members[:3]) + "\nno run has anything to report")
+    stored = _stored(Path(folders[0]), members) if len(folders) == 1 and plans and chosen == plans[0].gold else None
+    summary = _summary(whole, members) if stored is None else stored
+    named = {m.name: summary["runs"][m.name]["error"] for m in members}
+    return Data(whole, summary, [replace(m, error=named[m.name] or m.error) for m in members], compared)
+
+
+def _stored(folder: Path, members: Sequence[Member]) -> Row | None:
+    """summary.json of a comparison, unless it is of other runs or some have written since."""
+    path = folder / "summary.json"
+    if not path.is_file():
+        return None
+    found: Row = json.loads(path.read_text(encoding="utf-8"))
+    written = [m.folder / "metrics.jsonl" for m in members]
+    newer = [file for file in written if file.is_file() and file.stat().st_mtime > path.stat().st_mtime]
+    return found if set(found["runs"]) == {m.name for m in members} and not newer else None
+
+
+def _distinct(members: Sequence[Member]) -> list[Member]:
+    """Members with names of their own, and arms whose runs differ in their seed alone."""
+    kinds: dict[str, dict[str, Any]] = {}
+    found: list[Member] = []
+    for member in members:
+        decisive = {key: x for key, x in settings.decisive(member.config).items() if key != "seed"}
+        arm = member.arm
+        if kinds.setdefault(arm, decisive) != decisive:
+            arm = _free(member.name, kinds)
+            kinds[arm] = decisive
+        seeds = [other.seed for other in found if other.arm == arm]
+        if member.seed in seeds:
+            raise ValueError(
+                f"{member.folder}: the same run as another folder (arm {arm}, seed {member.seed}); name it once"
+            )
+        name = _free(f"{arm},seed={member.seed}", {other.name: None for other in found})
+        found.append(replace(member, arm=arm, name=name))
+    return found
+
+
+def _free(name: str, taken: Any) -> str:
+    """The name, or the first of name-2, name-3 … that is not taken."""
+    return next(x for x in (name, *(f"{name}-{k}" for k in range(2, len(taken) + 3))) if x not in taken)
+
+
+def _whole(plans: Sequence[Plan], members: Sequence[Member], gold: str) -> Plan:
+    """One plan of all members."""
+    runs = [
+        Run(m.arm, m.config.model_copy(update={"name": m.name, "folder": str(m.folder.parent)}), m.of) for m in members
+    ]
+    if len(plans) == 1 and len(runs) == len(plans[0].runs):
+        return Plan(plans[0].config, gold, runs)
+    name = "-and-".join(dict.fromkeys(p.config.name for p in plans)) or "runs"
+    config = CompareConfig(name=name, base={}, arms={"runs": {}}, seeds=sorted({m.seed for m in members}), gold=gold)
+    return Plan(config, gold, runs)
+
+
+def _judged(member: Member, gold: str) -> Member:
+    """The member with what keeps it out of every mean, if anything does."""
+    if gold not in member.config.rewards:
+        return replace(member, error=f"has no reward called {gold}; name another --gold")
+    if settings.finished(member.folder):
+        return member
+    path = member.folder / "error.txt"
+    if path.is_file():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return replace(member, error=lines[-1] if lines else "failed")  # of a traceback that is what was raised
+    if not member.folder.is_dir():
+        return replace(member, error="never began")
+    steps = [row["step"] for row in read_rows(member.folder / "metrics.jsonl")]
+    done = f"step {steps[-1]} of {member.config.train.steps}" if steps else "no step"
+    return replace(member, error=f"not finished: {done}")
+
+
+def _summary(whole: Plan, members: Sequence[Member]) -> Row:
+    """What the runs came to, as ``rlkl compare`` writes it."""
+    found = {}
+    for m in members:
+        if m.error is not None:
+            found[m.name] = results.Result(m.arm, m.seed, str(m.folder), m.error)
+            continue
+        weights = statements.proxy(m.config, whole.gold)
+        config = whole.config
+        found[m.name] = results.read(m.folder, m.arm, m.seed, whole.gold, config.match_kl, config.columns, weights)
+    return statements.summary(whole, found)
