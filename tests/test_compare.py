@@ -152,7 +152,8 @@ def test_every_arm_and_seed_is_an_ordinary_run(trio):
     assert trio.code == 0, trio.err
     names = [f"{arm},seed={seed}" for arm in ("likelihood", "ppo", "reinforce") for seed in (0, 1)]
     assert list(runs_of(trio)) == names
-    assert {p.name for p in trio.folder.iterdir() if p.is_file()} == {"compare.yaml", "dashboards.json", "report.html", *WRITTEN}
+    files = {p.name for p in trio.folder.iterdir() if p.is_file()}
+    assert files == {"compare.yaml", "dashboards.json", "report.html", *WRITTEN}
     config = settings.load(trio.folder / "ppo,seed=1" / "config.yaml")
     assert (config.name, config.folder, config.seed, config.log.group) == ("ppo,seed=1", "runs/trio", 1, "trio")
     assert (config.trainer.type, config.trainer.epochs) == ("ppo", 2)

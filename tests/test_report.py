@@ -21,7 +21,7 @@ from rlkl.report.shown import shown
 from rlkl.report.words import number, versus
 
 TWO = {"low": {}, "high": {"optimiser": {"learning_rate": 0.002}}}
-VOID = {"meta", "br", "img", "input", "link", "hr", "path", "use", "line", "rect"}
+VOID = {"wbr", "meta", "br", "img", "input", "link", "hr", "path", "use", "line", "rect"}
 
 
 def steady(arm: str, seed: int, kl: float) -> float:

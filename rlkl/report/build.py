@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 import rlkl
 from rlkl import settings
@@ -61,7 +62,14 @@ def page(data: Data, folders: Sequence[str]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "cell": cell, "mean": _mean, "signed": signed, "json": _json}
+    environment.filters |= {
+        "number": number,
+        "cell": cell,
+        "mean": _mean,
+        "signed": signed,
+        "breakable": _breakable,
+        "json": _json,
+    }
     environment.tests |= {"told": told, "drawn": lambda arm, data: bool(data.of(arm))}
     style, script = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     return environment.get_template("page.html").render(
@@ -104,6 +112,11 @@ def context(data: Data, folders: Sequence[str]) -> dict[str, Any]:
 
 def _mean(found: Mapping[str, float] | None) -> str:
     return number(found["mean"]) if found else "–"
+
+
+def _breakable(name: str) -> Markup:
+    """A name that a narrow column may break behind its marks."""
+    return Markup(re.sub(r"([_,./=])", r"\1<wbr>", str(escape(name))))
 
 
 def _json(value: Any) -> Markup:

@@ -139,7 +139,7 @@ def profile(data: Data, styles: Mapping[str, Style]) -> Figure | None:
     known = {arm: row["kl_position"] for arm, row in data.summary["arms"].items() if row.get("kl_position")}
     if not known:
         return None
-    figure, axis = svg.axes(9.2, 3.3)
+    figure, axis = svg.axes(5.6, 3.3)
     said = []
     for arm, found in known.items():
         share = np.array(found["reached"]) / found["reached"][0]
@@ -147,7 +147,7 @@ def profile(data: Data, styles: Mapping[str, Style]) -> Figure | None:
         axis.plot(range(1, shown + 1), found["kl"][:shown], linewidth=1.6, **styles[arm].line)
         top = int(np.argmax(found["kl"][:shown]))
         said.append(f"{arm} is highest at token {top + 1} with {number(found['kl'][top])} nats")
-    axis.set(xlabel="token of the completion (as long as 1 in 20 samples gets there)", ylabel="KL, nats a token")
+    axis.set(xlabel="token of the completion (while 1 in 20 samples gets there)", ylabel="KL, nats a token")
     axis.set_xlim(left=1)
     axis.set_ylim(bottom=0)
     return Figure(
