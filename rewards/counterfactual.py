@@ -111,7 +111,7 @@ class CounterfactualReward:
         bad = (~value_BT.isfinite().all(-1)).nonzero()
         if len(bad):
             raise RunError(f"{self._at(rollout, int(bad[0]))} got a score that is not finite; every one must be")
-        judged = 0 if self.auditor is None else len(rollout)
+        judged = len(rollout) if self.config.judged else 0
         return TokenRewards(value_BT, rollout.policy_mask_BT, queries=len(rollout), labels=judged)
 
     def prepare(self, samples: Callable[[int], Rollout], seed: int) -> dict[str, float]:

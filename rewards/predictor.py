@@ -37,7 +37,7 @@ class Predictor:
     def prepare(self, samples: Callable[[int], Rollout], observed: Observed) -> dict[str, float]:
         """Observe and learn from one batch after the other, until the share ``start`` of the budget is spent."""
         told: dict[str, float] = {}
-        first, k = round(self.config.start * self.budget), 0
+        first, k = self.config.taught[0], 0
         while self.spent < first:
             told = self._learn(samples(k), first - self.spent, observed)
             k += 1

@@ -91,8 +91,7 @@ class TaughtReward:
     def prepare(self, samples: Callable[[int], Rollout], seed: int) -> dict[str, float]:
         """Ask about samples of the untrained policy, and learn."""
         self.seed = seed
-        start = self.config.start if self.config.schedule == "online" else 1.0
-        first, k, rows = max(1, round(start * self.budget)), 0, []
+        first, k, rows = self.config.taught[0], 0, []
         while self.spent < first:
             rows += self._ask(samples(k), first - self.spent)
             k += 1

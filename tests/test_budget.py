@@ -8,6 +8,7 @@ from test_config_effects import changed, shows
 
 import rlkl
 from rlkl import budget, checkpoint, settings
+from rlkl.config.budget import labels
 from rlkl.lane import build
 
 STEP = 2 * 2 * 6  # prompts, samples, tokens of the tiny configuration
@@ -104,6 +105,37 @@ def test_a_cap_below_one_step_is_refused(tiny_config, name, step):
     with pytest.raises(ValueError, match=rf"train.budget.{name}={step - 1}: a single step may take {step}; raise it"):
         settings.load(capped(tiny_config, **{name: step - 1}))
     assert settings.load(capped(tiny_config, **{name: step})).train.budget.steps is None
+
+
+TAUGHT = {"type": "learned", "path": "facts", "labeller": "rlkl.tasks.facts:prefer", "budget": 100}
+JOINT = {
+    "type": "counterfactual",
+    "scorer": "facts",
+    "template_outcome": "{x_prime}{y_prime}",
+    "predictor": "joint",
+    "outcome": "rlkl.tasks.facts:outcome",
+    "budget": 100,
+    "start": 0.3,
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "before", "most"),
+    [
+        (TAUGHT, 100, 100),
+        ({**TAUGHT, "schedule": "online", "start": 0.2}, 20, 100),
+        (JOINT, 30, 100),
+        ({**JOINT, "auditor": "rlkl.tasks.fix:audit"}, 30, 100 + 12 * 4),
+        ({**JOINT, "auditor": "somebody/classifier"}, 30, 100),
+    ],
+)
+def test_what_learns_in_the_run_counts_by_its_own_cap(tiny_config, source, before, most):
+    config = {**changed(tiny_config, {"train.steps": 12}), "rewards": {"source": source}}
+    assert labels(settings.load(config), 12) == most
+    with pytest.raises(ValueError, match=rf"train.budget.labels={before - 1}: before the first step .* {before}; raise"):
+        settings.load(changed(config, {"train.budget.labels": before - 1}))
+    watched = {**config, "rewards": {"source": {**source, "weight": 0}, **tiny_config["rewards"]}}
+    assert labels(settings.load(watched), 12) == 12 * 4
 
 
 def test_a_run_that_was_killed_at_its_end_ends_there_again_when_it_is_resumed(tiny_config, monkeypatch):

@@ -36,3 +36,13 @@ class RewardSource(Section):
         description="divide by the running standard deviation, over all training samples so far, of what the source "
         "gives a completion in sum; nothing is subtracted (credit.whiten_rewards divides the total, by the batch's)",
     )
+
+    @property
+    def judged(self) -> bool:
+        """Whether what it gives a sample is a judgement of somebody: a label."""
+        return False
+
+    @property
+    def taught(self) -> tuple[int, int]:
+        """Labels that it learns from during a run: before the first step, and in all, at most."""
+        return 0, 0

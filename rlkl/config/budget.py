@@ -36,16 +36,28 @@ def drawn(config: "Config") -> int:
 def asked(config: "Config", labels: bool = False) -> int:
     """Scores that a step asks for, at most: of every source that weighs, and of stored completions their labels.
 
-    With ``labels`` only those that somebody judges: not a reward model's, nor a counterfactual score's without auditor.
+    With ``labels`` only those that somebody judges: not a model's scores.
     """
     asking = [source for source in config.rewards.values() if source.weight]
     asking = [s for s in asking if not (s.type == "annotations" and s.labeller is None)]
-    if labels:
-        asking = [s for s in asking if s.type != "counterfactual" or s.auditor is not None]
-        # a reward model that is taught online has all of a step's samples labelled, every few steps
-        asking = [s for s in asking if s.type != "learned" or (s.labeller is not None and s.schedule == "online")]
+    count = len(asking)
+    if labels:  # a source that is taught on the way has all of a step's samples labelled, every few steps
+        count = sum(s.judged for s in asking) + sum(s.taught[1] > s.taught[0] for s in asking)
     stored = config.rollout.prompts if config.offline else 0
-    return config.rollout.prompts * config.samples * len(asking) + stored
+    return config.rollout.prompts * config.samples * count + stored
+
+
+def taught(config: "Config") -> tuple[int, int]:
+    """Labels of the sources that learn in the run: before the first step, and in all, at most."""
+    learned = [source.taught for source in config.rewards.values() if source.weight]
+    return sum(before for before, _ in learned), sum(total for _, total in learned)
+
+
+def labels(config: "Config", steps: int) -> int:
+    """Labels of a run of so many steps, at most: what learns in the run stops at its own cap."""
+    on_the_way = sum(s.taught[1] > s.taught[0] for s in config.rewards.values() if s.weight)
+    a_step = asked(config, labels=True) - config.rollout.prompts * config.samples * on_the_way
+    return steps * a_step + taught(config)[1]
 
 
 def check(config: "Config") -> None:
@@ -62,3 +74,6 @@ def check(config: "Config") -> None:
             raise ValueError(
                 f"train.budget.{name}={cap}: a single step may take {step}; raise it, or make steps smaller"
             )
+    before, cap = taught(config)[0], budget.labels
+    if cap is not None and cap < before:
+        raise ValueError(f"train.budget.labels={cap}: before the first step sources learn from {before}; raise it")

@@ -122,6 +122,16 @@ class CounterfactualSource(RewardSource):
         return self.scorer
 
     @property
+    def judged(self) -> bool:
+        """Where a function audits; a classifier is a model."""
+        return self.auditor is not None and not self.classifies
+
+    @property
+    def taught(self) -> tuple[int, int]:
+        """What the joint predictor observes."""
+        return (round(self.start * self.budget), self.budget) if self.budget is not None else (0, 0)
+
+    @property
     def classifies(self) -> bool:
         """Whether the auditor is a model."""
         return self.auditor is not None and not re.fullmatch(FUNCTION, self.auditor)

@@ -99,3 +99,10 @@ class LearnedSource(RewardSource):
     def origin(self) -> str:
         """Where the scores come from."""
         return self.path
+
+    @property
+    def taught(self) -> tuple[int, int]:
+        """Frozen: all before the first step; online: a share of them."""
+        if self.labeller is None or self.budget is None:
+            return 0, 0
+        return (self.budget if self.schedule == "frozen" else max(1, round(self.start * self.budget))), self.budget

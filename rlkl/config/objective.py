@@ -45,6 +45,11 @@ class FunctionSource(RewardSource):
     timeout: float | None = Field(600, gt=0, description="seconds that a call may take; null = any time")
 
     @property
+    def judged(self) -> bool:
+        """The function stands for somebody who judges."""
+        return True
+
+    @property
     def origin(self) -> str:
         """Where the scores come from."""
         return self.path
@@ -78,6 +83,11 @@ class AnnotationsSource(RewardSource):
                 f"lookahead={self.lookahead} without labeller: a stored span is paid at its last token; drop lookahead"
             )
         return self
+
+    @property
+    def judged(self) -> bool:
+        """Where a labeller marks samples; stored spans are judgements of the data."""
+        return self.labeller is not None
 
     @property
     def origin(self) -> str:

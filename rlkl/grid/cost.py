@@ -6,7 +6,7 @@ from statistics import fmean
 from rich.table import Table
 
 from rlkl.config import Config
-from rlkl.config.budget import asked, drawn
+from rlkl.config.budget import asked, drawn, labels
 from rlkl.grid.plan import Plan, Run
 from rlkl.tracking import read_rows
 
@@ -19,9 +19,8 @@ def bounds(config: Config) -> dict[str, int]:
     """Steps, sampled tokens and scores of a run, at most."""
     budget = config.train.budget
     steps = min(config.train.steps, budget.steps or config.train.steps)
-    a_step = {"tokens": drawn(config), "queries": asked(config), "labels": asked(config, labels=True)}
-    caps = {name: getattr(budget, name) for name in a_step}
-    return {"steps": steps, **{name: min(steps * n, caps[name] or steps * n) for name, n in a_step.items()}}
+    most = {"tokens": steps * drawn(config), "queries": steps * asked(config), "labels": labels(config, steps)}
+    return {"steps": steps, **{name: min(n, getattr(budget, name) or n) for name, n in most.items()}}
 
 
 def pace(run: Run) -> Pace | None:
