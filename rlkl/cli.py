@@ -127,7 +127,7 @@ def evaluate(
 
 @app.command()
 def search(
-    config: Annotated[str, typer.Argument(help="the YAML file of a run, see configs/rewards/counterfactual.yaml")],
+    config: Annotated[str, typer.Argument(help="the YAML file of a run, see configs/counterfactual.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="how many held-out prompts")] = 3,
     samples: Annotated[int, typer.Option(min=1, help="completions a prompt, n of best-of-n")] = 64,

@@ -132,7 +132,9 @@ JOINT = {
 def test_what_learns_in_the_run_counts_by_its_own_cap(tiny_config, source, before, most):
     config = {**changed(tiny_config, {"train.steps": 12}), "rewards": {"source": source}}
     assert labels(settings.load(config), 12) == most
-    with pytest.raises(ValueError, match=rf"train.budget.labels={before - 1}: before the first step .* {before}; raise"):
+    with pytest.raises(
+        ValueError, match=rf"train.budget.labels={before - 1}: before the first step .* {before}; raise"
+    ):
         settings.load(changed(config, {"train.budget.labels": before - 1}))
     watched = {**config, "rewards": {"source": {**source, "weight": 0}, **tiny_config["rewards"]}}
     assert labels(settings.load(watched), 12) == 12 * 4
