@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import yaml
 
 from rlkl import memory
-from rlkl.config import AnnotationsSource, Config, dump
+from rlkl.config import AnnotationsSource, Config, dump, learned
 
 
 def describe(config: Config) -> str:
@@ -52,6 +52,7 @@ def hazards(config: Config, lightest: float = 0.0) -> Iterator[str]:
     trainer, kl = config.trainer, config.kl
     if config.rewards and not any(source.weight for source in config.rewards.values()):
         yield "warning: every source under rewards has weight 0: they are watched, and nothing is learned from them"
+    yield from learned.unspent(config)
     if trainer.type != "token_likelihood":
         return
     worst = -min([*_weights(config), lightest], default=0.0)

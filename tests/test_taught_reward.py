@@ -246,6 +246,9 @@ def test_single_samples_stored_data_and_an_unknown_gold_are_refused(config: Tree
         settings.load(single, ["rollout.samples_per_prompt=1"])
     with pytest.raises(ValueError, match=r"evaluate\.gold=rmm: no such reward; name one of rm, varied"):
         settings.load(config, ["evaluate.gold=rmm"])
+    spans = {"type": "annotations", "weights": {"a": 1.0}, "weight": 0.0}
+    with pytest.raises(ValueError, match=r"evaluate\.gold=spans: stored spans"):
+        settings.load({**config, "rewards": {**config["rewards"], "spans": spans}}, ["evaluate.gold=spans"])
     stored = {
         **config,
         "data": {"type": "annotated", "path": "a.jsonl"},
@@ -256,6 +259,18 @@ def test_single_samples_stored_data_and_an_unknown_gold_are_refused(config: Tree
     stored["rewards"] = {**changed(config, weight=0.0)["rewards"], "s": {"type": "annotations", "weights": {"a": 1.0}}}
     with pytest.raises(ValueError, match=r"rewards\.rm\.labeller with data\.type=annotated"):
         settings.load(stored)
+
+
+def test_a_run_too_short_for_its_budget_is_told_before_the_start(config: Tree) -> None:
+    from rlkl import summary
+
+    def told(**keys: Any) -> list[str]:
+        return [text for text in summary.hazards(settings.load(changed(config, **keys))) if "budget" in text]
+
+    assert told() == told(**ONLINE) == []  # 6, and 4 in each of steps 2, 4 and 6
+    assert told(**ONLINE | {"every": 5}) == [
+        "note: rewards.rm can ask for 10 of its budget of 12 labels in 6 steps; lower every, or the budget"
+    ]
 
 
 def test_its_configuration_reloads(config: Tree) -> None:

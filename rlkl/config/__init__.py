@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from rlkl.config import budget, direct, stored
+from rlkl.config import budget, direct, learned, stored
 from rlkl.config.base import Positive, Section
 from rlkl.config.budget import BudgetConfig
 from rlkl.config.counterfactual import CounterfactualSource
@@ -154,7 +154,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        self._check_taught()
+        learned.check(self)
         for name in self.rewards:
             if not re.fullmatch(r"[\w.-]+", name) or name in RESERVED or name.endswith("_stderr"):
                 raise ValueError(f"rewards.{name}: the metrics need this name, or it has odd characters; take another")
@@ -216,32 +216,6 @@ class Config(Section):
         if self.trainer.type == "token_likelihood":
             return self.trainer.loss in self.trainer.holding_beta
         return self.trainer.type == "dpo"
-
-    def _check_taught(self) -> None:
-        """Refuse reward models that learn from samples of which there are none, and a gold that is no source."""
-        for name, source in self.rewards.items():
-            if source.type == "counterfactual" and source.predictor == "joint" and self.offline:
-                raise ValueError(
-                    f"rewards.{name}.predictor=joint with data.type={self.data.type}: it learns what came of the "
-                    "policy's samples, and training has none; set predictor=control"
-                )
-            if source.type != "learned" or source.labeller is None:
-                continue
-            if self.offline:
-                raise ValueError(
-                    f"rewards.{name}.labeller with data.type={self.data.type}: it is asked about the policy's samples, "
-                    "and training has none; train the model before, with rlkl reward-model"
-                )
-            if source.level == "sequence" and self.rollout.samples_per_prompt < 2:
-                raise ValueError(
-                    f"rewards.{name}.labeller with rollout.samples_per_prompt=1: it compares samples of a prompt; "
-                    "use 2 or more"
-                )
-        gold = self.evaluate.gold
-        if gold is not None and gold not in self.rewards:
-            raise ValueError(
-                f"evaluate.gold={gold}: no such reward; name one of {', '.join(self.rewards) or 'rewards'}"
-            )
 
     def _check_valued(self, trainer: ReinforceTrainer | PPOTrainer) -> None:
         """Refuse keys of a value that nothing learns."""

@@ -1,12 +1,15 @@
 """A reward model in the section ``rewards:``, ready-made or taught in the course of the run. Torch-free."""
 
-from collections.abc import Sequence
-from typing import Literal, Self
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
 from rlkl.config.base import Positive, RewardSource
 from rlkl.config.reward_model import FitConfig
+
+if TYPE_CHECKING:
+    from rlkl.config import Config
 
 
 class LearnedSource(RewardSource):
@@ -106,3 +109,53 @@ class LearnedSource(RewardSource):
         if self.labeller is None or self.budget is None:
             return 0, 0
         return (self.budget if self.schedule == "frozen" else max(1, round(self.start * self.budget))), self.budget
+
+
+def check(config: "Config") -> None:
+    """Refuse reward models that learn from samples of which there are none, and a gold that judges no new sample.
+
+    Raises:
+        ValueError: it names the source and the remedy.
+    """
+    for name, source in _taught(config):
+        if config.offline:
+            raise ValueError(
+                f"rewards.{name}.labeller with data.type={config.data.type}: it is asked about the policy's samples, "
+                "and training has none; train the model before, with rlkl reward-model"
+            )
+        if not _asked(config, source):
+            raise ValueError(
+                f"rewards.{name}.labeller with rollout.samples_per_prompt=1: it compares samples of a prompt; "
+                "use 2 or more"
+            )
+    gold = config.evaluate.gold
+    if gold is None:
+        return
+    if gold not in config.rewards:
+        raise ValueError(f"evaluate.gold={gold}: no such reward; name one of {', '.join(config.rewards) or 'rewards'}")
+    judge = config.rewards[gold]
+    if judge.type == "annotations" and judge.labeller is None:
+        raise ValueError(f"evaluate.gold={gold}: stored spans, which say nothing of new samples; name another")
+
+
+def unspent(config: "Config") -> Iterator[str]:
+    """Where a run is too short for an online reward model to ask for its whole budget."""
+    for name, source in _taught(config):
+        if source.schedule == "online" and source.budget is not None:
+            most = source.taught[0] + _asked(config, source) * (config.train.steps // source.every)
+            if most < source.budget:
+                yield (
+                    f"note: rewards.{name} can ask for {most} of its budget of {source.budget} labels in "
+                    f"{config.train.steps} steps; lower every, or the budget"
+                )
+
+
+def _taught(config: "Config") -> list[tuple[str, LearnedSource]]:
+    sources = config.rewards.items()
+    return [(name, s) for name, s in sources if isinstance(s, LearnedSource) and s.labeller is not None]
+
+
+def _asked(config: "Config", source: LearnedSource) -> int:
+    """Labels that the samples of a step can get."""
+    samples = config.rollout.samples_per_prompt
+    return config.rollout.prompts * (samples // 2 if source.level == "sequence" else samples)
