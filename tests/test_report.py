@@ -18,7 +18,7 @@ from rlkl.report.answers import answers
 from rlkl.report.build import report
 from rlkl.report.load import load
 from rlkl.report.shown import shown
-from rlkl.report.words import number, versus
+from rlkl.report.words import listed, number, versus
 
 TWO = {"low": {}, "high": {"optimiser": {"learning_rate": 0.002}}}
 VOID = {"wbr", "meta", "br", "img", "input", "link", "hr", "path", "use", "line", "rect"}
@@ -333,3 +333,9 @@ def test_a_comparison_of_two_arms_reads_both_ways():
 )
 def test_numbers_read_well(x, said):
     assert number(x) == said
+
+
+def test_many_names_are_counted():
+    assert listed(["a"]) == "a"
+    assert listed(list("abcd")) == "a, b, c and d"
+    assert listed(list("abcdef")) == "a, b, c and 3 more"

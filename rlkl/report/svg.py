@@ -41,7 +41,8 @@ def styles(arms: Mapping[str, str]) -> dict[str, Style]:
     found = {}
     for k, (arm, family) in enumerate(arms.items()):
         place = [other for other, of in arms.items() if of == family].index(arm)
-        found[arm] = Style(k, families.index(family) % len(ARMS), place % len(DASHES))
+        turn, colour = divmod(families.index(family), len(ARMS))
+        found[arm] = Style(k, colour, (place + 2 * turn) % len(DASHES))
     return found
 
 

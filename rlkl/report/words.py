@@ -94,6 +94,7 @@ def nats(x: float) -> str:
     return f"{x:g} nat{'s' if x != 1 else ''}"
 
 
-def listed(names: Sequence[str]) -> str:
-    """Names with commas and an *and*."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """Names with commas and an *and*; of more than ``most`` the first and how many more."""
+    shown = list(names) if len(names) <= most else [*names[: most - 1], f"{len(names) - most + 1} more"]
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
