@@ -120,12 +120,16 @@ def test_what_a_model_wrote_cannot_act(page):
     assert [key for _, a in reader.tags for key in a if key.startswith("on")] == []
 
 
-def test_numbers_of_tokens_travel_as_json_that_cannot_end_its_element(page):
+def test_numbers_of_tokens_travel_as_json_that_cannot_end_its_element(tmp_path):
+    folder = compared(tmp_path, TWO, [0], steady)
+    for path in folder.glob("*/samples.jsonl"):
+        path.write_text(path.read_text().replace('"reward/gold": [', '"reward/</script><!--": ['))
+    page = report([folder], tmp_path / "page.html").read_text(encoding="utf-8")
     held = page.split('id="data">')[1].split("</script>")[0]
     assert "<" not in held
     data = json.loads(held)
-    assert set(data["numbers"][0]) == {"kl", "logp", "ref_logp", "reward/gold", "advantage"}
-    assert data["scale"]["reward/gold"] == 1.0
+    assert set(data["numbers"][0]) == {"kl", "logp", "ref_logp", "reward/</script><!--", "advantage"}
+    assert data["scale"]["reward/</script><!--"] == 1.0
 
 
 def test_the_best_arm_is_named_with_interval_and_probability(folder):
