@@ -37,7 +37,8 @@ def summary(plan: Plan, results: Results, exact: Sequence[Mapping[str, Any]] | N
     places = {kl: _matched_kl(mine, kl) for kl in sorted({*REPORT_KL, *([match] if match else [])})}
     places = {kl: place for kl, place in places.items() if any(place["arms"].values())}
     table = places[match]["pairs"] if match in places else [] if match else _pairs(mine, _end, None)
-    _correct([*itertools.chain(*(place["pairs"] for place in places.values())), *([] if match else table)])
+    for family in [*(place["pairs"] for place in places.values()), *([] if match else [table])]:
+        _correct(family)
     return {
         "name": plan.config.name,
         "gold": plan.gold,
@@ -254,7 +255,7 @@ def _by_prompt(a: Mapping[int, Mapping[str, float]], b: Mapping[int, Mapping[str
 
 
 def _correct(pairs: Sequence[Tree]) -> None:
-    """Holm's p-values over all tests that are stated."""
+    """Holm's p-values over the tests of one place: each KL, and the end, is a question of its own."""
     tested = [pair for pair in pairs if pair["p"] is not None]
     for pair, adjusted in zip(tested, pairwise.holm([pair["p"] for pair in tested]), strict=True):
         pair["p_holm"] = adjusted
