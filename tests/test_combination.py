@@ -167,6 +167,8 @@ def test_sources_learn_before_the_first_step_and_after_every_one(growing: Tree) 
     ]  # 4 of the function, 1 of ours
     assert [row["reward/queries"] for row in rows[1:]] == [10 * n for n in range(1, 6)]
     assert rows[2]["reward/learn/g/accuracy"] == 0.5
+    watched = metrics(rlkl.train(growing, ["name=watched", "rewards.g.weight=0"]))  # it learns, and costs nothing
+    assert watched[-1]["reward/learn/g/accuracy"] == 0.5 and watched[-1]["reward/labels"] == 20
     texts = json.loads(Path("runs/tiny/rewards/rewards.json").read_text())["g"]["texts"]
     assert len(texts) == 8 and len(set(texts)) > 1
 

@@ -151,7 +151,7 @@ def test_a_run_that_was_interrupted_goes_on_bit_for_bit(
 
 @pytest.mark.usefixtures("quick")
 def test_the_gap_is_in_deviations_of_the_untrained_samples_whatever_the_scale(config: Tree) -> None:
-    rows = metrics(rlkl.train(config))
+    rows = metrics(rlkl.train(config := changed(config, **ONLINE)))
     watched = [row for row in rows if "reward/eval/rm" in row]
     assert watched[0]["reward/eval/gap/rm"] == pytest.approx(0, abs=1e-6) and "reward/eval/gap/varied" not in rows[0]
     from rlkl import lane
