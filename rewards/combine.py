@@ -15,7 +15,8 @@ A source is called with a rollout and gives its rewards. What else it may have i
 ======================================  ===============================================================================
 
 ``prepare`` and ``learn`` return numbers that are the same on every process, which all call them: ``labels`` and
-``queries`` that were asked for are counted, others are logged as ``reward/learn/<source>/<name>``.
+``queries`` that were asked for are counted; ``anew``, where it is not 0, says that scores have other units from now on;
+others are logged as ``reward/learn/<source>/<name>``.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,9 +37,10 @@ class WeightedSum:
     """``sum_k weight_k * clip_k(r_k) / std_k``; a position is scored where any source scores it; queries add up.
 
     ``clips`` are the sources whose rewards are clipped, each at its bound. Of those in ``spreads`` the running
-    standard deviation divides what they give: that of all training samples so far, this batch included; before the
-    first, the batch's own. A source of weight 0 is only watched: it teaches nothing, so it scores no position for
-    credit, and its queries and labels are not counted.
+    standard deviation divides what they give: that of all training samples so far, this batch included, or of those
+    since the source learned anew, whose scores have other units then; before the first, the batch's own. A source of
+    weight 0 is only watched: it teaches nothing, so it scores no position for credit, and its queries and labels are
+    not counted.
     """
 
     def __init__(
@@ -157,7 +159,10 @@ class WeightedSum:
         values: dict[str, float] = dict.fromkeys(COUNTED, 0.0)
         for name, (reward, weight) in self.sources.items():
             if hasattr(reward, how):
-                for key, value in getattr(reward, how)(*given).items():
+                learned = getattr(reward, how)(*given)
+                if learned.pop("anew", 0) and name in self.spreads:
+                    vars(self.spreads[name]).update(asdict(Spread()))
+                for key, value in learned.items():
                     if key not in COUNTED:
                         values[f"reward/learn/{name}/{key}"] = value
                     elif weight:

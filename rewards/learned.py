@@ -64,10 +64,10 @@ class LearnedReward:
             RunError: a completion is longer than the model can read, or its score is not finite.
         """
         if self.config.level == "sequence":
-            rows = reading.whole(rollout, self.tokenizer, self.policy, self.config.eos)
-            score_B = self._usable(torch.cat(self._scored(rollout, rows, scoring.scores)), rollout)
+            score_B = self._usable(torch.cat(self._scored(rollout, self.rows(rollout), scoring.scores)), rollout)
             return pay_at_end(score_B - self.config.missing_eos_penalty * (rollout.end_B == End.LIMIT), rollout)
         found = reading.dense(rollout, self.tokenizer, self.policy, self.config.level)
+        self._fit(rollout, found.rows)
         return self._dense(rollout, found, self._scored(rollout, found.rows, scoring.token_scores))
 
     def probe(self, rollout: Rollout) -> None:
@@ -86,8 +86,20 @@ class LearnedReward:
         except RunError as error:
             raise ValueError(f"{error} (on a few samples before the first step)") from error
 
-    def _scored(self, rollout: Rollout, rows: Sequence[list[int]], score: Callable[..., Any]) -> list[Tensor]:
-        """The model's scores of rows, equal ones read once."""
+    def rows(self, rollout: Rollout) -> list[list[int]]:
+        """What the model reads of a rollout, each row of a length that it can read.
+
+        Raises:
+            RunError: one is empty, or longer than the model can read.
+        """
+        if self.config.level == "sequence":
+            rows = reading.whole(rollout, self.tokenizer, self.policy, self.config.eos)
+        else:
+            rows = reading.dense(rollout, self.tokenizer, self.policy, self.config.level).rows
+        self._fit(rollout, rows)
+        return rows
+
+    def _fit(self, rollout: Rollout, rows: Sequence[list[int]]) -> None:
         for i, row in enumerate(rows):
             at = f"reward {self.name}: sample {int(rollout.sample_id_B[i])}"
             if not row:
@@ -97,6 +109,9 @@ class LearnedReward:
                     f"{at} has {len(row)} tokens with its prompt, and the model reads at most {self.context}; "
                     "lower rollout.max_new_tokens"
                 )
+
+    def _scored(self, rollout: Rollout, rows: Sequence[list[int]], score: Callable[..., Any]) -> list[Tensor]:
+        """The model's scores of rows, equal ones read once."""
         distinct = {row: place for place, row in enumerate(dict.fromkeys(map(tuple, rows)))}
         found = score(self.model.to(rollout.tokens_BT.device), list(distinct), self.config.micro_batch)
         return [found[distinct[tuple(row)]].reshape(-1) for row in rows]

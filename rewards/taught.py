@@ -21,7 +21,6 @@ from rlkl import RunError, models, scoring
 from rlkl.config import AnnotationsSource, LearnedSource
 from rlkl.faults import limit
 from rlkl.reward_model.fit import fit
-from rlkl.rewards import reading
 from rlkl.rewards.annotations import AnnotationReward
 from rlkl.rewards.function import resolve
 from rlkl.rewards.learned import LearnedReward
@@ -132,8 +131,7 @@ class TaughtReward:
         return list(gather_object(self._compared(rollout, mine) if self.marks is None else self._marked(rollout, mine)))
 
     def _compared(self, rollout: Rollout, pairs: list[list[int]]) -> list[Row]:
-        ids = reading.whole(rollout, self.scorer.tokenizer, self.scorer.policy, self.config.eos)
-        texts, rows = rollout.texts(), []
+        ids, texts, rows = self.scorer.rows(rollout), rollout.texts(), []
         for i, j in pairs:
             first, second = (int(rollout.sample_id_B[k]) for k in (i, j))
             at = f"reward {self.name}: the labeller, samples {first} and {second}"
@@ -153,13 +151,15 @@ class TaughtReward:
 
     def _marked(self, rollout: Rollout, singles: list[list[int]]) -> list[Row]:
         assert self.marks is not None
-        part = self.marks.annotate(rollout.rows(torch.tensor([i for (i,) in singles], dtype=torch.long)))
-        prompts = zip(part.prompt_BP.tolist(), part.prompt_length_B.tolist(), strict=True)
+        part = rollout.rows(torch.tensor([i for (i,) in singles], dtype=torch.long))
+        ids = self.scorer.rows(part)  # before anybody is asked
+        part = self.marks.annotate(part)
         targets = zip(part.get("annotation_BT").tolist(), part.get("annotated_BT").tolist(), strict=True)
         rows = []
-        for (prompt, n), y, (weights, marked) in zip(prompts, part.completion_ids(), targets, strict=True):
-            target = [w if m else None for w, m in zip(weights[: len(y)], marked, strict=False)]
-            rows.append({"ids": [*prompt[:n], *y], "target": [*[None] * n, *target]})
+        lengths = zip(part.prompt_length_B.tolist(), part.length_B.tolist(), strict=True)
+        for row, (asked, said), (weights, marked) in zip(ids, lengths, targets, strict=True):
+            target = [w if m else None for w, m in zip(weights[:said], marked, strict=False)]
+            rows.append({"ids": row, "target": [*[None] * asked, *target]})
         return rows
 
     def _learn(self, new: list[Row], asked: int) -> dict[str, float]:
@@ -180,6 +180,7 @@ class TaughtReward:
             if isinstance(held[0], str):
                 raise RunError(held[0])
             self._take(held[0])
+            told["anew"] = 1.0
         return told
 
     def _trained(self) -> dict[str, torch.Tensor] | str:

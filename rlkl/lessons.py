@@ -1,28 +1,33 @@
 """Sources of rewards that learn, before the first step and in the course of a run, and what they ask for."""
 
-from rlkl import RunError
+from collections.abc import Callable
+
+from rlkl import RunError, Stopped
 from rlkl.lane import Lane, draw
 from rlkl.sampling import PREPARE
 from rlkl.types import Rollout
 
 
-def prepare(lane: Lane) -> dict[str, float]:
+def prepare(lane: Lane, asked: Callable[[], int] = int) -> dict[str, float]:
     """Let them learn from samples of the untrained policy: metrics and counts, if any did.
 
     Raises:
         RunError: a labeller or a training failed.
+        Stopped: ``asked()`` gave an exit code; of what they learned nothing is kept.
     """
 
     def samples(k: int) -> Rollout:
-        asked = lane.train_prompts.batch(k + 1, lane.config.rollout.prompts)
-        return draw(lane, asked.part(lane.rank, lane.ranks), k, PREPARE)
+        if code := asked():
+            raise Stopped("stopped before the first step", code, said=lane.rank != 0)
+        prompts = lane.train_prompts.batch(k + 1, lane.config.rollout.prompts)
+        return draw(lane, prompts.part(lane.rank, lane.ranks), k, PREPARE)
 
     try:
         learned = lane.reward.prepare(samples, lane.config.seed)
     except RunError as error:
         raise type(error)(f"before the first step: {error}") from error
-    asked = count(lane, learned, 0, 0, 0)
-    return {**asked, **learned} if learned else {}
+    counts = count(lane, learned, 0, 0, 0)
+    return {**counts, **learned} if learned else {}
 
 
 def learn(lane: Lane, rollout: Rollout, step: int) -> dict[str, float]:

@@ -66,7 +66,7 @@ def drive(both: list[tuple[Lane, tracking.Tracker]], accelerator: Accelerator, a
     for lane, tracker in both:
         lane.place(accelerator)
         tracker.say(*terminal.notices(lane, accelerator), *tracker.notes)
-        begin(lane, tracker)
+        begin(lane, tracker, asked)
     for step in range(1, max(lane.config.train.steps for lane, _ in both) + 1):
         if code := asked():
             raise Stopped(checkpoint.keep(both), code, said=not both[0][1].main)
@@ -75,7 +75,7 @@ def drive(both: list[tuple[Lane, tracking.Tracker]], accelerator: Accelerator, a
                 advance(lane, tracker, step, accelerator)
 
 
-def begin(lane: Lane, tracker: tracking.Tracker) -> None:
+def begin(lane: Lane, tracker: tracking.Tracker, asked: Callable[[], int]) -> None:
     """Keep the reference and evaluate it; after a checkpoint there is nothing to do."""
     if lane.step:
         tracker.say(f"resumed after step {lane.step} of {lane.config.train.steps}")
@@ -88,7 +88,7 @@ def begin(lane: Lane, tracker: tracking.Tracker) -> None:
         return
     kept = tracker.folder / "reference"
     artefacts.save_reference(lane.policy, lane.config, lane.tokenizer, kept, tracker.main)
-    before = assess(lane, tracker, 0, lessons.prepare(lane))
+    before = assess(lane, tracker, 0, lessons.prepare(lane, asked))
     if lane.marked is not None and lane.stored is None:
         moved.keep(lane.marked, tracker.folder, tracker.main)
     tracker.say(*terminal.guidance(lane.config, before))
@@ -137,6 +137,7 @@ def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, flo
         folder = recording.inspect(rollout, batch, tracking.run_folder(config), step, lane.rank)
         raise RunError(f"{error}; its samples and what the loss read are in {folder}") from error
     clock.lap("update")
+    stds = {f"reward/std/{name}": spread.std for name, spread in lane.reward.spreads.items()}
     learned = lessons.learn(lane, rollout, step)
     clock.lap("learn")
     sums = [float(rollout.length_B.sum()), float(rewards.queries), float(rewards.labels)]
@@ -151,7 +152,7 @@ def train_step(lane: Lane, step: int, accelerator: Accelerator) -> dict[str, flo
         **step_metrics(rollout, rewards, batch, scored),
         "kl/beta": lane.beta,
         "tokens/generated": float(lane.generated),
-        **{f"reward/std/{name}": spread.std for name, spread in lane.reward.spreads.items()},
+        **stds,
         **learned,
         **asked,
         **clock.metrics(),

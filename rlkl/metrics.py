@@ -31,7 +31,7 @@ METRICS: dict[str, tuple[str, str]] = {
     "reward/std/<source>": (
         "reward a sequence",
         "running standard deviation of what one source gave, over all training samples so far, by which it is divided; "
-        "with whiten",
+        "with whiten; a reward model that learned anew begins anew with the next step",
     ),
     "reward/eval/<source>": (
         "reward a sequence",

@@ -77,8 +77,10 @@ def claim(folder: Path, overwrite: bool, main: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lock(folder: Path, what: str) -> Iterator[None]:
+def lock(folder: Path, what: str, key: str = "folder") -> Iterator[None]:
     """Hold a folder, which need not exist, for this process alone; the kernel lets go of it when the process dies.
+
+    ``key`` is that of the configuration which names it.
 
     Raises:
         ValueError: another process holds it, or nothing can be written beside it.
@@ -88,12 +90,14 @@ def lock(folder: Path, what: str) -> Iterator[None]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         held = open(path, "w")  # noqa: SIM115 - held until the run ends
     except OSError as error:
-        raise ValueError(f"{folder}: cannot be written ({error.strerror}); choose another folder=...") from None
+        raise ValueError(f"{folder}: cannot be written ({error.strerror}); choose another {key}=...") from None
     with held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder}: another {what} is writing to it; give this one another name") from None
+            raise ValueError(
+                f"{folder}: another {what} is writing to it; give this one another {'name' if key == 'folder' else key}"
+            ) from None
         try:
             yield
         finally:

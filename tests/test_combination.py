@@ -66,6 +66,27 @@ def test_the_spread_is_learned_from_training_samples_alone() -> None:
     assert torch.allclose(total(ROLLOUT).value_BT, 10 * LAST / float(expected)) and total.spreads["l"].count == 4
 
 
+def test_the_spread_begins_anew_when_scores_have_other_units() -> None:
+    class Source:
+        scale, told = 1.0, 0.0
+
+        def __call__(self, rollout: Rollout) -> TokenRewards:
+            return given(self.scale * LAST)(rollout)
+
+        def learn(self, rollout: Rollout, step: int) -> dict[str, float]:
+            return {"labels": 1.0, "rows": 1.0, "anew": self.told}
+
+    source = Source()
+    total = WeightedSum({"s": (source, 1.0)}, spreads={"s": Spread()})
+    first = total(ROLLOUT, training=True).value_BT
+    assert total.learn(ROLLOUT, 1) == {"labels": 1.0, "queries": 0.0, "reward/learn/s/rows": 1.0}
+    assert total.spreads["s"].count == 2  # it learned nothing new
+    source.told, source.scale = 1.0, 100.0
+    total.learn(ROLLOUT, 2)
+    assert total.spreads["s"].count == 0
+    assert torch.allclose(total(ROLLOUT, training=True).value_BT, first) and total.spreads["s"].count == 2
+
+
 def test_annotations_are_weighed_as_rewards_are() -> None:
     class Marks:
         def __call__(self, rollout: Rollout) -> TokenRewards:

@@ -253,6 +253,17 @@ def test_mistakes_are_one_line_and_write_nothing(
     assert why in said and len(said.splitlines()) == 1 and not Path("rm").exists()
 
 
+def test_an_output_that_cannot_be_made_names_its_key(
+    tiny_model: Path, pairs: list[Tree], capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").write_text("")
+    write_yaml("rm.yaml", config(tiny_model, output="file/rm"))
+    assert main(["reward-model", "rm.yaml"]) == 2
+    assert capfd.readouterr().err.splitlines()[-1] == (
+        "rlkl: file/rm: cannot be written (File exists); choose another output=..."
+    )
+
+
 def test_a_full_folder_is_refused_and_only_a_reward_model_is_replaced(tiny_model: Path, pairs: Any) -> None:
     source = config(tiny_model, train={"epochs": 1})
     Path("rm").mkdir()

@@ -1,6 +1,8 @@
 """Reward models that learn from labels during a run: budgets, schedules, what they learn from, resuming, failures."""
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from taught import quick_fit
 from test_distributed import torchrun
 
 import rlkl
-from rlkl import RunError, cli, models, runs, scoring, search, settings
+from rlkl import RunError, Stopped, cli, lessons, models, runs, scoring, search, settings
 from rlkl.config import LearnedSource, dump
 from rlkl.rewards.learned import LearnedReward
 from rlkl.rewards.taught import TaughtReward
@@ -84,6 +86,53 @@ def test_both_schedules_begin_with_the_same_samples_and_end_with_as_many_labels(
     online = metrics(rlkl.train(changed(config, **ONLINE), ["name=online"]))
     assert taught.asked[:6] == first[:6] and taught.asked[6:] != first[6:]
     assert frozen[-1]["reward/labels"] == online[-1]["reward/labels"] == 12
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_whitened_model_that_learned_anew_is_divided_by_its_own_spread(config: Tree) -> None:
+    folder = rlkl.train(changed(config, **ONLINE, whiten=True), ["save.keep=9"])
+    counts = [
+        json.loads((folder / "checkpoints" / f"step_{n}" / "rewards.json").read_text())["rm"]["spread"]["count"]
+        for n in (2, 4)
+    ]
+    fitted = [row.get("reward/learn/rm/rows") for row in metrics(folder)]
+    assert counts[0] == (0 if fitted[2] != fitted[0] else 16)
+    assert counts[1] == (0 if fitted[4] != fitted[2] else counts[0] + 16) and 0 in counts
+    assert all(row["reward/std/rm"] > 0 for row in metrics(folder)[1:])
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_signal_while_it_learns_before_the_first_step_ends_the_run(
+    config: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = taught.prefer
+
+    def prefer(first: str, second: str) -> int:
+        if len(taught.asked) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ask(first, second)
+
+    monkeypatch.setattr(taught, "prefer", prefer)
+    with pytest.raises(Stopped, match="stopped before the first step") as stopped:
+        rlkl.train(changed(config, budget=4000))
+    assert stopped.value.code == 143 and len(taught.asked) == 8  # those of the batch under way
+    assert not taught.fits and not list(Path("runs/tiny/checkpoints").glob("*"))
+    monkeypatch.setattr(taught, "prefer", ask)
+    assert metrics(rlkl.train(changed(config, budget=4000), ["rewards.rm.budget=12"], overwrite=True))
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("level", ["sequence", "token"])
+def test_what_it_could_not_read_costs_no_label(level: str, config: Tree) -> None:
+    marks = {"level": "token", "labeller": "taught:letters", "weights": {"letter": 1.0}} if level == "token" else {}
+    whole = settings.load(changed(config, **marks))
+    from rlkl.lane import build
+
+    lane = build(whole)
+    lane.reward.sources["rm"][0].scorer.context = 9  # type: ignore[attr-defined]
+    with pytest.raises(RunError, match=r"has \d+ tokens with its prompt, and the model reads at most 9"):
+        lessons.prepare(lane)
+    assert not taught.asked
 
 
 @pytest.mark.usefixtures("quick")

@@ -33,8 +33,9 @@ class RewardSource(Section):
     )
     whiten: bool = Field(
         False,
-        description="divide by the running standard deviation, over all training samples so far, of what the source "
-        "gives a completion in sum; nothing is subtracted (credit.whiten_rewards divides the total, by the batch's)",
+        description="divide by the running standard deviation, over all training samples so far (since a labeller's "
+        "model last learned anew), of what the source gives a completion in sum; nothing is subtracted "
+        "(credit.whiten_rewards divides the total, by the batch's)",
     )
 
     @property

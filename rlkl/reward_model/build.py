@@ -64,7 +64,7 @@ def train(
     print(f"training on {len(rows)} {what}, {len(held_rows)} held out{dropped}", file=sys.stderr, flush=True)
     lora = None if config.model.lora is None else config.model.lora.model_dump(mode="json")
     with (
-        lock(folder, "reward model"),
+        lock(folder, "reward model", "output"),
         tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name,
     ):
         new = Path(name) / "model"
