@@ -11,7 +11,7 @@ import torch
 from conftest import Tree, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from rlkl import models, scoring
+from rlkl import RunError, models, scoring
 from rlkl.cli import main
 from rlkl.data.preferences import SIDES
 from rlkl.reward_model import build, data, fit, measure
@@ -251,6 +251,31 @@ def test_mistakes_are_one_line_and_write_nothing(
     assert main(["reward-model", "rm.yaml", *(f"{key}={value}" for key, value in changes.items())]) == 2
     said = capsys.readouterr().err
     assert why in said and len(said.splitlines()) == 1 and not Path("rm").exists()
+
+
+def test_a_single_update_is_no_warm_up(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [{"chosen_ids": [5, 6, 7], "rejected_ids": [8, 9]}] * 4
+    settings = {"epochs": 1, "batch": 16, "learning_rate": 1e-2, "schedule": "cosine", "warmup": 0.1, "weight_decay": 0}
+    fit.fit(tmp_path, tiny_model, rows, settings)
+    (margin,) = (a - b for a, b in zip(*(score(tmp_path, rows[0][k]) for k in rows[0]), strict=True))
+    begun, _ = models.beginner(tiny_model, "sequence", "path")
+    learned, _ = models.reward_model(tmp_path)
+    assert margin > 0 and not torch.equal(learned.base_model.norm.weight, begun.base_model.norm.weight)
+
+
+def score(folder: Path, ids: list[int]) -> list[float]:
+    return scoring.scores(models.reward_model(folder)[0], [ids], 1).tolist()
+
+
+def test_a_training_that_diverges_writes_nothing(tiny_model: Path, pairs: list[Tree]) -> None:
+    with pytest.raises(RunError, match=r"weights are not finite after it with learning_rate=1e\+30; lower it"):
+        build.train(config(tiny_model, train={"epochs": 2, "batch": 4, "learning_rate": 1e30}))
+    assert not Path("rm").exists()
+
+
+def test_a_file_of_pairs_has_no_split(tiny_model: Path, pairs: list[Tree]) -> None:
+    with pytest.raises(ValueError, match=r"data.split=test with data.path=.*jsonl: a .jsonl file is read whole; drop"):
+        build.train(config(tiny_model), ["data.split=test"])
 
 
 def test_an_output_that_cannot_be_made_names_its_key(

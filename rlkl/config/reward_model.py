@@ -83,7 +83,7 @@ class FitConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="after the warm-up; linear and cosine end at 0"
     )
-    warmup: Share = Field(0.1, description="linear from 0, share of all updates")
+    warmup: Share = Field(0.1, description="linear from 0, share of all updates; a single update has none")
     weight_decay: float = Field(0.0, ge=0, description="decoupled from the gradient (AdamW)")
 
 

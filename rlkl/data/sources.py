@@ -30,6 +30,10 @@ def read(config: JsonlData | DatasetsData | AnnotatedData | PairsData, held_out:
         rows = files.lines(path, f"data.{key} names a .jsonl file, one JSON object a line")
         return _checked(rows, config, str(path))
     if isinstance(config, PairsData) and config.path.endswith(".jsonl"):
+        if config.split != type(config).model_fields["split"].default:
+            raise ValueError(
+                f"data.split={config.split} with data.path={config.path}: a .jsonl file is read whole; drop it"
+            )
         path, key = Path(held_out or config.path), "held_out" if held_out else "path"
         return preferences.checked(files.lines(path, f"data.{key} names a .jsonl file, one pair a line"), str(path))
     split = held_out or config.split

@@ -102,23 +102,29 @@ def _train(job_folder: Path, folder: Path) -> None:
         heads = [name for name in models.HEADS if hasattr(model, name)]
         model = models.add_adapter(model, LoraConfig(**job["lora"]), job["base"], heads=heads)
     trainer = _pairwise if job["kind"] == "sequence" else _tokenwise
-    trainer(model, tokenizer, rows, _arguments(job, job_folder)).train()
+    trainer(model, tokenizer, rows, _arguments(job, job_folder, len(rows))).train()
+    if not all(x.isfinite().all() for x in model.parameters()):
+        raise ValueError(
+            f"weights are not finite after it with learning_rate={job['settings']['learning_rate']:g}; lower it"
+        )
     if job["lora"] is not None:
         model = model.merge_and_unload()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _arguments(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What both trainers are told; they report to nobody and save nothing."""
+def _arguments(job: Mapping[str, Any], folder: Path, count: int) -> dict[str, Any]:
+    """What both trainers are told about ``count`` rows; they report to nobody and save nothing."""
     s = job["settings"]
+    updates = s["epochs"] * -(-count // s["batch"])
     return {
         "output_dir": str(folder),
         "num_train_epochs": s["epochs"],
         "per_device_train_batch_size": s["batch"],
         "learning_rate": s["learning_rate"],
         "weight_decay": s["weight_decay"],
-        "warmup_steps": s["warmup"],  # below one: a share of all steps
+        # below one: a share of all steps, rounded up; an only one would be of the warm-up, whose first rate is 0
+        "warmup_steps": s["warmup"] if updates > 1 else 0,
         "lr_scheduler_type": "constant_with_warmup" if s["schedule"] == "constant" else s["schedule"],
         "seed": job["seed"],
         "bf16": False,
