@@ -207,6 +207,9 @@ def test_the_reward_at_a_price_is_linear_in_it():
     assert frontier.at_spent([0, 100, 300], [0, 1, 5], 200) == 3
     assert frontier.at_spent([0, 100], [0, 1], 101) is None
     assert frontier.at_spent([0, 100], [2, 1], 0) == 2
+    assert frontier.at_spent([50, 50, 50], [2, 3, 4], 50) == 4  # all of it before the first step
+    assert frontier.at_spent([50, 50, 80], [2, 3, 9], 65) == 6
+    assert frontier.at_spent([50, 80], [2, 9], 10) == 2
 
 
 def test_the_area_is_the_mean_height_over_the_root_of_kl():

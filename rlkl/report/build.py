@@ -137,7 +137,7 @@ def _curves(data: Data, styles: dict[str, svg.Style]) -> list[Figure]:
         ("step", "step", "gold", gold, "gold by step"),
         ("step", "step", "kl", "KL, nats a sequence", "KL by step"),
     ]
-    wanted.append(("queries", "label queries of training", "gold", gold, "gold by labels"))
+    wanted.append(("labels", "labels of training", "gold", gold, "gold by labels"))
     wanted.append(("tokens", "training tokens sampled", "gold", gold, "gold by tokens"))
     rows = [run["evaluations"][-1] for run in data.summary["runs"].values() if run.get("evaluations")]
     used = [one for one in wanted if any(row.get(one[0]) for row in rows)]

@@ -44,14 +44,17 @@ def at_reward(kls: Sequence[float], rewards: Sequence[float], target: float) -> 
 
 
 def at_spent(spent: Sequence[float], rewards: Sequence[float], target: float) -> float | None:
-    """The reward where a run has spent so much (tokens, labels), linearly; None where it never does."""
-    for i, x in enumerate(spent):
-        if x >= target:
-            if i == 0:
-                return rewards[0]
-            share = (target - spent[i - 1]) / (x - spent[i - 1])
-            return rewards[i - 1] + share * (rewards[i] - rewards[i - 1])
-    return None
+    """The reward where a run has spent so much (tokens, labels), linearly; None where it never does.
+
+    What it reached without spending more counts: a reward model may take all its labels before the first step.
+    """
+    if not spent or spent[-1] < target:
+        return None
+    i = max((k for k, x in enumerate(spent) if x <= target), default=0)
+    if i + 1 == len(spent) or spent[i] >= target:
+        return rewards[i]
+    share = (target - spent[i]) / (spent[i + 1] - spent[i])
+    return rewards[i] + share * (rewards[i + 1] - rewards[i])
 
 
 def area(kls: Sequence[float], rewards: Sequence[float], limit: float) -> float | None:
