@@ -32,7 +32,7 @@ class AnnotationReward:
     def __init__(self, name: str, config: AnnotationsSource) -> None:
         self.name = name
         self.config = config
-        self.labeller = None if config.labeller is None else resolve(config.labeller)
+        self.labeller = None if config.labeller is None else resolve(config.labeller, f"rewards.{name}.labeller")
         self._last: tuple[Rollout, list[list[Span]]] | None = None
 
     def __call__(self, rollout: Rollout) -> TokenRewards:

@@ -51,6 +51,6 @@ def auditor(name: str, config: CounterfactualSource) -> Verdict | None:
         ValueError: it cannot be imported or loaded.
     """
     if config.auditor is None or not config.classifies:
-        return None if config.auditor is None else resolve(config.auditor)
+        return None if config.auditor is None else resolve(config.auditor, f"rewards.{name}.auditor")
     template = config.template_auditor
     return ClassifierAuditor(config.auditor, f"rewards.{name}.auditor", lambda x, y: template.format(x=x, x_prime=y))

@@ -50,7 +50,7 @@ class CounterfactualReward:
         self.scorer: Any = None
         self.tokenizer: Any = None
         self.context: int | None = None
-        self.outcomes = None if config.outcome is None else resolve(config.outcome)
+        self.outcomes = None if config.outcome is None else resolve(config.outcome, f"rewards.{name}.outcome")
         self.predictor: Predictor | None = None
         if not self.own:
             self._load(config.scorer)

@@ -18,8 +18,8 @@ from rlkl.faults import limit
 from rlkl.types import End, Rollout, TokenRewards
 
 
-def resolve(path: str) -> Callable[..., Any]:
-    """The function named ``module:function``; modules of the working directory are found too.
+def resolve(path: str, key: str) -> Callable[..., Any]:
+    """The function named ``module:function`` under a key; modules of the working directory are found too.
 
     Raises:
         ValueError: there is no such module or function, or the module itself raises.
@@ -31,9 +31,11 @@ def resolve(path: str) -> Callable[..., Any]:
         function = getattr(importlib.import_module(module_name), name, None)
     except (Exception, SystemExit) as error:  # whatever a stranger's module raises while it is imported
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{path}: cannot be imported ({said}); give module:function, importable from here") from error
+        raise ValueError(
+            f"{key}={path}: cannot be imported ({said}); give module:function, importable from here"
+        ) from error
     if not callable(function):
-        raise ValueError(f"{path}: module {module_name} has no function {name}")
+        raise ValueError(f"{key}={path}: module {module_name} has no function {name}; name one that it has")
     return function  # type: ignore[no-any-return]
 
 
@@ -48,7 +50,7 @@ class FunctionReward:
         self.name = name
         self.level = config.level
         self.timeout = config.timeout
-        self.function = resolve(config.path)
+        self.function = resolve(config.path, f"rewards.{name}.path")
 
     def __call__(self, rollout: Rollout) -> TokenRewards:
         """Rewards of a rollout.

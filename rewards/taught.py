@@ -47,7 +47,7 @@ class TaughtReward:
             from rlkl.tasks import facts
 
             self.base = facts.load_path()
-        self.prefer = resolve(config.labeller)
+        self.prefer = resolve(config.labeller, f"rewards.{name}.labeller")
         self.scorer = LearnedReward(name, config, models.beginner(self.base, config.level, f"rewards.{name}.path"))
         self.marks: AnnotationReward | None = None
         if config.level == "token":

@@ -106,7 +106,7 @@ def test_a_mistake_that_shows_only_in_the_run_is_one_line(tiny_model, tmp_path, 
     tree = {"name": "c", "base": base(tiny_model), "arms": arms, "seeds": [0], "workers": 1}
     with pytest.raises(rlkl.RunError, match="1 of 2 runs failed"):
         rlkl.compare(tree)
-    told = "bad,seed=0: FAILED: scores:missing: module scores has no function missing"
+    told = "bad,seed=0: FAILED: rewards.letters.path=scores:missing: module scores has no function missing"
     assert capsys.readouterr().out.count(told) == 2  # as it ends, and below the table
     assert not Path("runs/c/bad,seed=0").exists()
     assert Path("runs/c/good,seed=0/final").is_dir()

@@ -161,7 +161,11 @@ MISTAKES = [
     Mistake("text column of a tiny model", ["model={type: tiny, texts: [none]}"], ["model.texts", "'none'", "columns"]),
     Mistake("reward that is no path", ["rewards.varied.path=word_f1"], ["rewards.varied.path='word_f1'", "pattern"]),
     Mistake("reward of no module", ["rewards.varied.path=nowhere:f"], ["nowhere:f", "No module named", "importable"]),
-    Mistake("reward of no function", ["rewards.varied.path=math:f"], ["math:f", "module math has no function f"]),
+    Mistake(
+        "reward of no function",
+        ["rewards.varied.path=math:f"],
+        ["rewards.varied.path=math:f", "module math has no function f; name one"],
+    ),
     Mistake("reward that cannot be called", ["rewards.varied.path=math:pi"], ["math:pi", "no function pi"]),
     Mistake("reward of a broken module", ["rewards.varied.path=broken:f"], ["broken:f", "SyntaxError", "imported"]),
     Mistake("reward of a module that raises", ["rewards.varied.path=raising:f"], ["raising:f", "KeyError: 'home'"]),

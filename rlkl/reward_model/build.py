@@ -51,6 +51,8 @@ def train(
     base = models.path(config.model, list({row.get("prompt") or str(row["messages"]): row for row in learned}.values()))
     policy, tokenizer = models.from_folder(base, config.model.dtype)
     context = models.context_length(policy)
+    if config.model.lora is not None:  # a mistake in it is told before anything is trained
+        models.add_adapter(policy, config.model.lora, str(base))
     del policy
     (rows, long), (held_rows, held_long) = (
         data.rows(config.data, r, tokenizer, context, config.kind) for r in (learned, held)
