@@ -180,6 +180,13 @@ def write_yaml(path: str, tree: Tree) -> None:
     Path(path).write_text(json.dumps(tree))  # JSON is YAML
 
 
+def test_an_adapter_for_no_module_is_refused_before_the_training(tiny_model: Path, pairs: Any) -> None:
+    lora = {"type": "pretrained", "path": str(tiny_model), "lora": {"targets": ["nope"]}}
+    with pytest.raises(ValueError, match=r"model.lora.targets=\['nope'\]: .*; modules: .*q_proj"):
+        build.train(config(tiny_model, model=lora))
+    assert not Path(config(tiny_model)["output"]).exists()
+
+
 def test_an_adapter_is_merged_and_trains_its_head(tiny_model: Path, pairs: Any) -> None:
     lora = {"type": "pretrained", "path": str(tiny_model), "lora": {"rank": 4}}
     found = build.train(config(tiny_model, model=lora, train={"epochs": 20, "batch": 4, "learning_rate": 3e-2}))
@@ -190,13 +197,6 @@ def test_an_adapter_is_merged_and_trains_its_head(tiny_model: Path, pairs: Any) 
 
 
 @pytest.mark.parametrize("pad", [None, "eos"])
-def test_an_adapter_for_no_module_is_refused_before_the_training(tiny_model: Path, pairs: Any) -> None:
-    lora = {"type": "pretrained", "path": str(tiny_model), "lora": {"targets": ["nope"]}}
-    with pytest.raises(ValueError, match=r"model.lora.targets=\['nope'\]: .*; modules: .*q_proj"):
-        build.train(config(tiny_model, model=lora))
-    assert not Path(config(tiny_model)["output"]).exists()
-
-
 def test_a_pad_token_that_is_eos_does_not_hide_the_end(
     tiny_model: Path, pairs: Any, pad: str | None, tmp_path: Path
 ) -> None:
