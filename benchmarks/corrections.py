@@ -6,6 +6,7 @@ counterfactual source, makes its model if need be, and scores two stored texts o
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from rlkl import models, settings
+from rlkl import RunError, models, settings
 from rlkl.config import CounterfactualSource
 from rlkl.data.prompts import records
 from rlkl.policy import Policy
@@ -40,8 +41,12 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--better", default="corrected_prediction", help="column of the corrected text")
     parser.add_argument("--worse", default="prediction", help="column of the text that was corrected")
     parser.add_argument("--c", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0])
-    asked = parser.parse_args(words)
-    found = measure(asked.config, asked.overrides, asked.better, asked.worse, asked.c)
+    asked = parser.parse_intermixed_args(words)
+    try:
+        found = measure(asked.config, asked.overrides, asked.better, asked.worse, asked.c)
+    except (ValueError, RunError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, ValueError) else 1) from None
     console = Console(highlight=False)
     table = Table("score", "c", "above", "95 %", title=f"share of {asked.better} above {asked.worse}")
     for row in found["rows"]:
@@ -58,17 +63,22 @@ def measure(source: str, overrides: Sequence[str], better: str, worse: str, cs: 
     Records whose texts are equal or empty are left out. Intervals resample records.
 
     Raises:
-        ValueError: there is not one counterfactual source; a column is no text.
+        ValueError: there is not one counterfactual source; a column is no text, or two hold the same.
+        RunError: a text is longer than the scorer reads.
     """
     config = settings.load(source, overrides)
     named = [(name, s) for name, s in config.rewards.items() if isinstance(s, CounterfactualSource)]
     if len(named) != 1 or named[0][1].auditor is not None:
         raise ValueError(f"{source}: needs one counterfactual source under rewards, without an auditor")
+    if bad := [c for c in cs if not 0 <= c < float("inf")]:
+        raise ValueError(f"--c {bad[0]:g}: must be finite and at least 0, as in a configuration; give another")
     train, held = records(config.data, config.seed)
     for column in (better, worse):
         if any(not isinstance(row.get(column), str) for row in held):
             raise ValueError(f"{column}: no text in every record; name another column with --better or --worse")
     kept = [row for row in held if row[better].strip() and row[worse].strip() and row[better] != row[worse]]
+    if not kept:
+        raise ValueError(f"no held-out record has a {better} that is another text than its {worse}; name two columns")
     model, _, tokenizer = models.load(config.model, train, config.seed)
     reward = CounterfactualReward(*named[0])
     reward.check(tokenizer)

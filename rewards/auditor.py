@@ -51,6 +51,9 @@ def auditor(name: str, config: CounterfactualSource) -> Verdict | None:
         ValueError: it cannot be imported or loaded.
     """
     if config.auditor is None or not config.classifies:
-        return None if config.auditor is None else resolve(config.auditor, f"rewards.{name}.auditor")
-    template = config.template_auditor
-    return ClassifierAuditor(config.auditor, f"rewards.{name}.auditor", lambda x, y: template.format(x=x, x_prime=y))
+        return None if config.auditor is None else resolve(config.auditor, f"rewards.{name}.auditor", "x", "x_prime")
+    template, key = config.template_auditor, f"rewards.{name}.auditor"
+    try:
+        return ClassifierAuditor(config.auditor, key, lambda x, y: template.format(x=x, x_prime=y))
+    except ValueError as error:
+        raise ValueError(f"{error}; a function is module:function") from None

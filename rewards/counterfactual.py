@@ -1,7 +1,6 @@
 """The counterfactual score: what an edit owes to its original, token by token, and what its outcome says."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,25 +9,17 @@ from torch import Tensor
 from rlkl import RunError, models
 from rlkl.config import CounterfactualSource
 from rlkl.config.counterfactual import context
-from rlkl.data.settled import settled
 from rlkl.faults import limit
 from rlkl.policy import Policy
 from rlkl.rewards.auditor import auditor
 from rlkl.rewards.function import pay_at_end, probe_causality, resolve
 from rlkl.rewards.predictor import Pair, Predictor, stored
+from rlkl.rewards.reading import Reading, completions
 from rlkl.sampling import pad
-from rlkl.types import End, Rollout, TokenRewards
+from rlkl.types import Rollout, TokenRewards
 
 Ids = list[int]
 EMBEDDED = ("fix", "facts")
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What the scorer reads of each completion: its ids, and the completion's own token at which each is paid."""
-
-    ids: list[Ids]
-    paid: list[list[int]]
 
 
 class CounterfactualReward:
@@ -50,7 +41,8 @@ class CounterfactualReward:
         self.scorer: Any = None
         self.tokenizer: Any = None
         self.context: int | None = None
-        self.outcomes = None if config.outcome is None else resolve(config.outcome, f"rewards.{name}.outcome")
+        key = f"rewards.{name}.outcome"
+        self.outcomes = None if config.outcome is None else resolve(config.outcome, key, "x", "x_prime")
         self.predictor: Predictor | None = None
         if not self.own:
             self._load(config.scorer)
@@ -89,6 +81,8 @@ class CounterfactualReward:
         """Take the run's policy, whose reference may be the scorer."""
         if self.own:
             self.scorer = policy
+            if isinstance(policy, Policy):  # which processes may have wrapped by now
+                self.context = models.context_length(policy.model if policy.reference is None else policy.reference)
 
     def at(self, step: int) -> dict[str, float]:
         """Set c for a training step; where it is scheduled it is a metric."""
@@ -188,31 +182,16 @@ class CounterfactualReward:
 
     def _bracket(self, rollout: Rollout, asked: Sequence[dict[str, Any]]) -> Tensor:
         """log p(x′_t|x, x′_<t) - c log p(x′_t|x′_<t) at policy tokens, ``[B, T]``."""
-        scored = self._scored(rollout)
+        scored = completions(rollout, self.tokenizer, self.same)
         given_BT = self._dense("template_conditional", rollout, asked, scored)
         if self.c == 0:
             return given_BT
         return given_BT - self.c * self._dense("template_marginal", rollout, asked, scored)
 
-    def _scored(self, rollout: Rollout) -> Scored:
-        """The completions as the scorer reads them."""
-        ids = rollout.completion_ids()
-        if self.same:
-            return Scored(ids, [list(range(len(row))) for row in ids])
-        assert rollout.decode is not None, "this rollout has no tokenizer"
-        made = Scored([], [])
-        end = self.tokenizer.eos_token_id
-        for row, text, how in zip(ids, rollout.texts(), rollout.end_B.tolist(), strict=True):
-            cut = settled(row, rollout.decode, text, self.tokenizer)
-            closed = [end] if how == End.EOS and end is not None else []
-            made.ids.append([*cut.ids, *closed])
-            made.paid.append([*cut.paid, *(len(row) - 1 for _ in closed)])
-        return made
-
-    def _dense(self, key: str, rollout: Rollout, asked: Sequence[dict[str, Any]], scored: Scored) -> Tensor:
+    def _dense(self, key: str, rollout: Rollout, asked: Sequence[dict[str, Any]], scored: Reading) -> Tensor:
         """Log-probs of completions after the text of a template, each paid at a policy token, ``[B, T]``."""
         contexts = [self._ids(key, rollout, i, columns) for i, columns in enumerate(asked)]
-        logp_BS = self._logp(key, rollout, contexts, scored.ids)
+        logp_BS = self._logp(key, rollout, contexts, scored.rows)
         mask_BT = rollout.policy_mask_BT
         paid_BS = pad(scored.paid)[0].to(mask_BT.device) if any(scored.paid) else torch.zeros_like(logp_BS).long()
         value_BT = logp_BS.new_zeros(mask_BT.shape).scatter_add(1, paid_BS, logp_BS)

@@ -5,7 +5,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +18,13 @@ from rlkl.faults import limit
 from rlkl.types import End, Rollout, TokenRewards
 
 
-def resolve(path: str, key: str) -> Callable[..., Any]:
+def resolve(path: str, key: str, *arguments: str) -> Callable[..., Any]:
     """The function named ``module:function`` under a key; modules of the working directory are found too.
 
+    ``arguments`` are those that it will be given, by position.
+
     Raises:
-        ValueError: there is no such module or function, or the module itself raises.
+        ValueError: there is no such module or function, the module itself raises, or the function takes others.
     """
     module_name, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
@@ -36,7 +38,21 @@ def resolve(path: str, key: str) -> Callable[..., Any]:
         ) from error
     if not callable(function):
         raise ValueError(f"{key}={path}: module {module_name} has no function {name}; name one that it has")
+    if arguments:
+        _takes(function, f"{key}={path}", arguments)
     return function  # type: ignore[no-any-return]
+
+
+def _takes(function: Callable[..., Any], named: str, arguments: Sequence[str]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some builtins have none
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        asked = ", ".join(arguments)
+        raise ValueError(f"{named}: is called with ({asked}) and takes {signature}; let it take both") from None
 
 
 class FunctionReward:

@@ -80,6 +80,22 @@ def dense(rollout: Rollout, tokenizer: Any, policy: Any, level: str) -> Reading:
     return made
 
 
+def completions(rollout: Rollout, tokenizer: Any, same: bool) -> Reading:
+    """Completions without their prompts, and EOS where they ended so; ``same``: the tokenizer is the policy's."""
+    ids = rollout.completion_ids()
+    places = [list(range(len(row))) for row in ids]
+    if same:
+        return Reading(ids, places, places)
+    made, end = Reading([], [], []), tokenizer.eos_token_id
+    for row, text, how in zip(ids, rollout.texts(), rollout.end_B.tolist(), strict=True):
+        cut = settled(row, _decode(rollout), text, tokenizer)
+        closed = [end] if how == End.EOS and end is not None else []
+        made.rows.append([*cut.ids, *closed])
+        made.read.append(list(range(len(made.rows[-1]))))
+        made.paid.append([*cut.paid, *(len(row) - 1 for _ in closed)])
+    return made
+
+
 def _prompts(rollout: Rollout, tokenizer: Any, policy: Any) -> list[Ids]:
     """The prompts, by their own ids or as another tokenizer reads them."""
     if policy is None:

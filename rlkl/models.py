@@ -3,16 +3,12 @@
 import contextlib
 import json
 import os
-import ssl
-import urllib.error
-import urllib.request
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import huggingface_hub
 import huggingface_hub.utils.logging as hub_logging
 import torch
 from safetensors import SafetensorError
@@ -26,6 +22,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from rlkl import hub
 from rlkl.config import FactsModel, FixModel, LoraConfig, Model, ModelSection, TinyModel
 
 
@@ -167,7 +164,7 @@ def _loading(path: str | Path, key: str, what: str) -> Iterator[None]:
     if (local or (os.path.isdir(Path(path).parent) and Path(path).parent != Path())) and not os.path.isdir(path):
         raise ValueError(f"{key}={path}: no such folder; give one with {what} and its tokenizer")
     try:
-        if not os.path.isdir(path) and not _cached(str(path)) and not _hub_answers():
+        if not os.path.isdir(path) and not hub.cached(str(path)) and not hub.answers():
             raise OSError("there is no such folder here, and the Hub does not answer")
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
@@ -176,26 +173,6 @@ def _loading(path: str | Path, key: str, what: str) -> Iterator[None]:
             f"{key}={path}: cannot be loaded ({why}); "
             f"give a folder with {what} and its tokenizer, or a Hub name while online"
         ) from None
-
-
-def _cached(name: str) -> bool:
-    """Whether something of this Hub name was downloaded before; what can be no name is an error at once."""
-    found = (huggingface_hub.try_to_load_from_cache(name, file) for file in ("config.json", "adapter_config.json"))
-    return any(isinstance(file, str) for file in found)
-
-
-def _hub_answers() -> bool:
-    """Whether asking the Hub is worth it: without it, transformers tries again for most of a minute."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        asked = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
-        urllib.request.urlopen(asked, timeout=10).close()
-    except urllib.error.HTTPError:
-        return True
-    except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # other certificates may be trusted there
-    return True
 
 
 def _whole(kind: Any, path: str | Path, dtype: str) -> Any:

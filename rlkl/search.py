@@ -20,11 +20,17 @@ def search(source: str | Path, overrides: Sequence[str] = (), *, prompts: int, s
     source gave under its name in ``shares``, watched ones too.
 
     Raises:
-        ValueError: the configuration cannot be used, or it learns from stored completions.
+        ValueError: the configuration cannot be used, learns from stored completions, or has a source yet to be taught.
     """
     config = settings.load(source, overrides)
     if config.offline:
         raise ValueError(f"data.type={config.data.type}: a search samples; give prompts, such as data.type=jsonl")
+    for name, given in config.rewards.items():
+        if given.taught[1]:
+            raise ValueError(
+                f"rewards.{name}: it learns from labels in the course of a run, and a search trains nothing; "
+                "give what has learned, or predictor=control"
+            )
     lane = build(config)
     rollout = sample(
         lane.policy,

@@ -71,11 +71,25 @@ def test_swapped_columns_give_the_complement(config: Path) -> None:
     assert [a["share"] + b["share"] for a, b in zip(found, swapped, strict=True)] == pytest.approx([1.0, 1.0])
 
 
-def test_what_cannot_be_compared_is_refused(config: Path) -> None:
+def test_what_cannot_be_compared_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="nothing: no text in every record; name another column"):
         corrections.measure(str(config), [], "nothing", "prediction", [0.5])
     with pytest.raises(ValueError, match="needs one counterfactual source under rewards"):
         corrections.measure(str(config), ["rewards={f: {type: function, path: 'm:f'}}"], "a", "b", [0.5])
+    for words, code, said in (
+        (["data.path=nowhere.jsonl"], 2, "nowhere.jsonl: no such file"),
+        (["--better", "prediction", "seed=1"], 2, "no held-out record has a prediction that is another text"),
+        (["--c", "0.5", "-1", "--worse", "prediction"], 2, "--c -1: must be finite and at least 0"),
+        (
+            ["rewards.score.template_marginal=" + "It: " * 99 + "{x_prime}"],
+            1,
+            "tokens in template_marginal; the scorer",
+        ),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            corrections.main([str(config), *words])
+        told = capsys.readouterr().err
+        assert caught.value.code == code and said in told and told.count("\n") == 1
 
 
 def test_a_tiny_model_may_learn_templates() -> None:

@@ -251,7 +251,7 @@ def test_on_fix_it_is_the_enumerated_score() -> None:
     assert fix.precision(fixes, made(folder, c=0.0, **keys)(rollout).value_BT.sum(-1).double().numpy()) < 0.5
 
 
-def test_a_run_on_fix_moves_mass_to_true_fixes(tmp_path: Path) -> None:
+def test_a_run_on_fix_raises_its_score(tmp_path: Path) -> None:
     run = rlkl.train(
         {
             "name": "fix",
@@ -285,6 +285,8 @@ def test_a_run_on_fix_moves_mass_to_true_fixes(tmp_path: Path) -> None:
 REFUSED = {
     "template_conditional={x}": r"template_conditional='\{x\}': must have \{x_prime\} once, at its end",
     "template_conditional={x_prime}{x_prime}": "once, at its end",
+    "template_conditional=Correct it:": "once, at its end",
+    "template_marginal=": "once, at its end",
     "template_conditional={x_prime} .": "ends in text; what is scored",
     "template_marginal={x}{x_prime}": r"it is p\(x'\) without x; take x out",
     "template_marginal={x_prime": "a brace that is text is written twice",
@@ -311,6 +313,11 @@ UNUSABLE = {
     "template_outcome": ("{x_prime} {nothing}", r"sample 0: template_outcome: y' has no token"),
     "scorer": ("nowhere/at/all", "rewards.cf.scorer=nowhere/at/all: no such folder"),
     "auditor": ("nowhere:f", "nowhere:f: cannot be imported"),
+    "auditor ": (
+        "test_counterfactual:alone",
+        r"is called with \(x, x_prime\) and takes \(x: str\) -> str; let it take both",
+    ),
+    "auditor  ": ("nowhere.f", "a function is module:function"),
     "template_auditor": ("{x}: {x_prime}", r"only a classifier reads it"),
 }
 
@@ -319,7 +326,7 @@ UNUSABLE = {
 def test_what_cannot_be_used_is_said_before_the_first_step(tiny_config: Tree, key: str) -> None:
     value, said = UNUSABLE[key]
     write_jsonl("prompts.jsonl", [{"prompt": f"Line {n}:", "nothing": ""} for n in range(8)])
-    section = {"type": "counterfactual", "template_marginal": HINT + "{x_prime}", key: value}
+    section = {"type": "counterfactual", "template_marginal": HINT + "{x_prime}", key.strip(): value}
     tiny_config["rewards"] = {"cf": section}
     with pytest.raises(ValueError, match=said) as caught:
         rlkl.train(tiny_config)
@@ -349,7 +356,7 @@ def test_an_auditor_may_be_a_classifier_with_its_own_tokenizer(tiny_model: Path,
         assert {True, False} == set(changes)
         expected = plain.value_BT.sum(-1) * torch.tensor(changes)
         assert result.value_BT.sum(-1).tolist() == pytest.approx(expected.tolist(), abs=1e-4)
-        assert (result.queries, result.labels) == (16, 16)
+        assert (result.queries, result.labels) == (16, 0)  # a classifier is a model
         assert reward.auditor is not None and reward.auditor("The fox") in ("good", "bad", "odd")
         assert digest(reward.auditor.model) == before
     with pytest.raises(ValueError, match=r"rewards.cf.auditor=.*it has 1 label, which is no verdict"):
@@ -357,6 +364,10 @@ def test_an_auditor_may_be_a_classifier_with_its_own_tokenizer(tiny_model: Path,
     long = made(tiny_model, auditor=str(folder), template_auditor="a" * 400 + "{x_prime}")
     with pytest.raises(rlkl.RunError, match="sample 0: the auditor: ValueError: the classifier reads 1 to 128 tokens"):
         long(rollout)
+
+
+def alone(x: str) -> str:
+    return x
 
 
 def raises(x: str, x_prime: str | None) -> str:
@@ -372,11 +383,12 @@ def test_an_auditor_that_fails_is_named(tiny_model: Path) -> None:
 
 
 def test_a_row_beyond_the_scorers_context_is_named(tiny_model: Path) -> None:
-    reward = made(tiny_model, scorer=str(tiny_model), template_conditional="a" * 80 + "{x_prime}", c=0)
-    with pytest.raises(
-        rlkl.RunError, match=r"reward cf: sample 0 has .* tokens in template_conditional; the scorer reads 64"
-    ):
-        reward(rollout_of(AutoTokenizer.from_pretrained(tiny_model)))
+    for scorer in ("reference", str(tiny_model)):
+        reward = made(tiny_model, scorer=scorer, template_conditional="a" * 80 + "{x_prime}", c=0)
+        with pytest.raises(
+            rlkl.RunError, match=r"reward cf: sample 0 has .* tokens in template_conditional; the scorer reads 64"
+        ):
+            reward(rollout_of(AutoTokenizer.from_pretrained(tiny_model)))
 
 
 def test_c_follows_its_schedule() -> None:

@@ -48,3 +48,21 @@ def test_the_command_prints_a_table_and_writes_the_rows(config: Path, capsys: py
     assert all(word in said for word in ("prompt", "drawn", "score", "length")) and not Path("runs").exists()
     assert main(words) == 2 and "best.jsonl: exists" in capsys.readouterr().err
     assert main([*words, "--overwrite"]) == 0
+
+
+def test_what_is_yet_to_be_taught_ranks_nothing(config: Path, tiny_model: Path) -> None:
+    taught = {"type": "learned", "path": str(tiny_model), "labeller": "test_search:length", "budget": 8}
+    joint = {
+        "type": "counterfactual",
+        "template_marginal": "Line:{x_prime}",
+        "scorer": str(tiny_model),
+        "predictor": "joint",
+        "outcome": "test_joint:observed",
+        "template_outcome": "{x_prime} is {y_prime}",
+        "y_prime": "good",
+        "budget": 14,
+    }
+    for source in (taught, joint):
+        with pytest.raises(ValueError, match=r"rewards.model: it learns .* and a search trains nothing"):
+            search(config, [f"rewards={yaml.safe_dump({'model': source}, default_flow_style=True, width=9999)}"],
+                   prompts=1, samples=2, best=1)  # fmt: skip

@@ -72,7 +72,7 @@ class CounterfactualSource(RewardSource):
     def _check(self) -> Self:
         for key in ("template_conditional", "template_marginal"):
             names = fields(key, getattr(self, key))
-            if [n for n in names if n in SCORED] != names[-1:]:
+            if not names or [n for n in names if n in SCORED] != names[-1:]:
                 raise ValueError(f"{key}={getattr(self, key)!r}: must have {{x_prime}} once, at its end")
         if {"x", "prompt"} & {*fields("template_marginal", self.template_marginal)}:
             raise ValueError(f"template_marginal={self.template_marginal!r}: it is p(x') without x; take x out")

@@ -117,6 +117,12 @@ def check(config: "Config") -> None:
     Raises:
         ValueError: it names the source and the remedy.
     """
+    for name, given in config.rewards.items():
+        if given.type == "counterfactual" and given.predictor == "joint" and config.offline:
+            raise ValueError(
+                f"rewards.{name}.predictor=joint with data.type={config.data.type}: it learns what came of the "
+                "policy's samples, and training has none; set predictor=control"
+            )
     for name, source in _taught(config):
         if config.offline:
             raise ValueError(
