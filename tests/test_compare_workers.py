@@ -65,7 +65,7 @@ def test_ctrl_c_ends_the_workers_and_keeps_what_is_finished_and_a_kill_leaves_no
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) == 2
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert err == "rlkl: interrupted\n"
     assert ended(children)
