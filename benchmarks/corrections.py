@@ -24,7 +24,7 @@ from rlkl.data.prompts import records
 from rlkl.policy import Policy
 from rlkl.reward_model.measure import interval
 from rlkl.rewards.counterfactual import CounterfactualReward
-from rlkl.sampling import pad
+from rlkl.sampling import given
 from rlkl.types import End, Rollout
 
 Row = dict[str, Any]
@@ -122,17 +122,10 @@ def parts(reward: CounterfactualReward, rollout: Rollout) -> tuple[Floats, Float
 
 def stored(rows: Sequence[Row], column: str, tokenizer: Any) -> Rollout:
     """A column's texts as completions that end by EOS."""
-    prompt_BP, prompt_length_B = pad([tokenizer(row["prompt"])["input_ids"] for row in rows])
-    tokens_BT, length_B = pad([[*tokenizer(row[column])["input_ids"], tokenizer.eos_token_id] for row in rows])
-    return Rollout(
-        prompt_BP=prompt_BP,
-        prompt_length_B=prompt_length_B,
-        tokens_BT=tokens_BT,
-        length_B=length_B,
-        policy_mask_BT=torch.arange(tokens_BT.shape[1]) < length_B[:, None],
-        end_B=torch.full_like(length_B, int(End.EOS)),
-        group_B=torch.arange(len(rows)),
-        sample_id_B=torch.arange(len(rows)),
+    return given(
+        [tokenizer(row["prompt"])["input_ids"] for row in rows],
+        [[*tokenizer(row[column])["input_ids"], tokenizer.eos_token_id] for row in rows],
+        end_B=torch.full((len(rows),), int(End.EOS)),
         origin="data",
         columns={name: [row[name] for row in rows] for name in rows[0]},
         decode=lambda tokens: str(tokenizer.decode(tokens)),

@@ -13,9 +13,9 @@ from rlkl.faults import limit
 from rlkl.policy import Policy
 from rlkl.rewards.auditor import auditor
 from rlkl.rewards.function import pay_at_end, probe_causality, resolve
-from rlkl.rewards.predictor import Pair, Predictor, stored
+from rlkl.rewards.predictor import Pair, Predictor
 from rlkl.rewards.reading import Reading, completions
-from rlkl.sampling import pad
+from rlkl.sampling import given, pad
 from rlkl.types import Rollout, TokenRewards
 
 Ids = list[int]
@@ -276,7 +276,7 @@ class CounterfactualReward:
         device, width, size = rollout.tokens_BT.device, max(map(len, rows)), self.config.micro_batch
         parts = []
         for start in range(0, len(rows), size):
-            read = stored(contexts[start : start + size], rows[start : start + size], width).to(device)
+            read = given(contexts[start : start + size], rows[start : start + size], width).to(device)
             parts.append(scorer(read, {"ref_logp"}).get("ref_logp_BT"))
         return torch.cat(parts)
 

@@ -1,7 +1,7 @@
 """The predictor of outcomes that learns: a copy of the scorer, taught what came of the policy's samples."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +10,8 @@ from accelerate.utils import gather_object
 
 from rlkl.config import CounterfactualSource
 from rlkl.policy import Policy
-from rlkl.sampling import pad
-from rlkl.types import End, Rollout
+from rlkl.sampling import given
+from rlkl.types import Rollout
 
 Ids = list[int]
 Pair = tuple[Ids, Ids]
@@ -61,7 +61,7 @@ class Predictor:
             for start in range(0, len(pairs), self.config.micro_batch):
                 contexts, rows = zip(*pairs[start : start + self.config.micro_batch], strict=True)
                 with torch.enable_grad():
-                    logp_BT = self.policy(stored(contexts, rows).to(device), {"logp"}).get("logp_BT")
+                    logp_BT = self.policy(given(contexts, rows).to(device), {"logp"}).get("logp_BT")
                     loss = -logp_BT.sum() / len(pairs)
                     loss.backward()
                 before += float(loss.detach()) if k == 0 else 0.0
@@ -98,20 +98,3 @@ class Predictor:
                 _, index, key = name.split(".", 2)
                 moments.setdefault(int(index), {})[key] = x
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
-
-
-def stored(contexts: Sequence[Ids], rows: Sequence[Ids], width: int = 1) -> Rollout:
-    """Rows after their contexts as completions, ``width`` tokens wide at least."""
-    prompt_BP, prompt_length_B = pad(contexts)
-    tokens_BS, length_B = pad(rows)
-    tokens_BS = torch.nn.functional.pad(tokens_BS, (0, max(width - tokens_BS.shape[1], 0)))
-    return Rollout(
-        prompt_BP=prompt_BP,
-        prompt_length_B=prompt_length_B,
-        tokens_BT=tokens_BS,
-        length_B=length_B,
-        policy_mask_BT=torch.arange(tokens_BS.shape[1]) < length_B[:, None],
-        end_B=torch.full_like(length_B, int(End.LIMIT)),
-        group_B=torch.zeros_like(length_B),
-        sample_id_B=torch.arange(len(length_B)),
-    )

@@ -162,3 +162,26 @@ def pad(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     for i, row in enumerate(ids):
         padded[i, : len(row)] = torch.tensor(list(row))
     return padded, length_B
+
+
+def given(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], width: int = 1, **more: Any
+) -> Rollout:
+    """Completions that are there already, as a rollout at least ``width`` tokens wide.
+
+    ``more`` are its other fields; without them every completion is a group of its own and ended by the limit.
+    """
+    prompt_BP, prompt_length_B = pad(prompts)
+    tokens_BT, length_B = pad(completions)
+    tokens_BT = torch.nn.functional.pad(tokens_BT, (0, max(width - tokens_BT.shape[1], 0)))
+    order_B = torch.arange(len(length_B))
+    fields: dict[str, Any] = {"end_B": torch.full_like(length_B, int(End.LIMIT)), "group_B": order_B} | more
+    return Rollout(
+        prompt_BP=prompt_BP,
+        prompt_length_B=prompt_length_B,
+        tokens_BT=tokens_BT,
+        length_B=length_B,
+        policy_mask_BT=torch.arange(tokens_BT.shape[1]) < length_B[:, None],
+        sample_id_B=order_B,
+        **fields,
+    )

@@ -7,7 +7,7 @@ import torch
 
 from rlkl.data.preferences import SIDES, Record
 from rlkl.data.prompts import rendered
-from rlkl.sampling import pad
+from rlkl.sampling import given
 from rlkl.types import End, Rollout
 
 
@@ -47,21 +47,15 @@ def rollout(rows: Sequence[Record], tokenizer: Any, eos_id: int | None, eos_ids:
     asked = [
         rendered({k: row[k] for k in ("prompt", "messages") if k in row and _asks(row, k)}, tokenizer) for row in rows
     ]
-    prompt_BP, prompt_length_B = pad([ids for _, ids in asked for _ in SIDES])
     made = [completion_ids(row, side, tokenizer, eos_id)[:limit] for row in rows for side in SIDES]
-    tokens_BT, length_B = pad(made)
     record_B = torch.arange(len(rows)).repeat_interleave(2)
     kept = [{k: v for k, v in row.items() if k not in SIDES} | one for row, (one, _) in zip(rows, asked, strict=True)]
     names = list(dict.fromkeys(name for row in kept for name in row))
-    return Rollout(
-        prompt_BP=prompt_BP,
-        prompt_length_B=prompt_length_B,
-        tokens_BT=tokens_BT,
-        length_B=length_B,
-        policy_mask_BT=torch.arange(tokens_BT.shape[1]) < length_B[:, None],
+    return given(
+        [ids for _, ids in asked for _ in SIDES],
+        made,
         end_B=torch.tensor([int(End.EOS if ids[-1] in eos_ids else End.LIMIT) for ids in made]),
         group_B=record_B,
-        sample_id_B=torch.arange(len(made)),
         origin="data",
         pair_B=torch.arange(len(made)),
         columns={name: [row.get(name) for row in kept for _ in SIDES] for name in names},

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlkl.data.annotated import Annotated, Span, check_weights
 from rlkl.data.prompts import rendered
-from rlkl.sampling import pad
+from rlkl.sampling import given
 from rlkl.types import End, Rollout
 
 CUT = "\ufffd"  # what the bytes of an unfinished character decode to
@@ -249,19 +249,13 @@ def to_rollout(
         token_weights(record, tokenizer, weights, unmarked, eos_id=eos_id, limit=max_completion_tokens)
         for record in records
     ]
-    prompt_BP, prompt_length_B = pad([ids for _, ids in prompts])
-    tokens_BT, length_B = pad([one.ids for one in made])
     ended_B = torch.tensor([one.ids[-1] == eos_id for one in made])
     groups = {text: group for group, text in enumerate(dict.fromkeys(row["prompt"] for row, _ in prompts))}
-    return Rollout(
-        prompt_BP=prompt_BP,
-        prompt_length_B=prompt_length_B,
-        tokens_BT=tokens_BT,
-        length_B=length_B,
-        policy_mask_BT=torch.arange(tokens_BT.shape[1]) < length_B[:, None],
+    return given(
+        [ids for _, ids in prompts],
+        [one.ids for one in made],
         end_B=torch.where(ended_B, int(End.EOS), int(End.LIMIT)),
         group_B=torch.tensor([groups[row["prompt"]] for row, _ in prompts]),
-        sample_id_B=torch.arange(len(records)),
         origin="data",
         annotation_BT=pad_sequence([one.weight_T for one in made], batch_first=True),
         annotated_BT=pad_sequence([one.marked_T for one in made], batch_first=True),
