@@ -230,7 +230,7 @@ def test_a_finished_run_is_evaluated_with_the_model_that_it_taught(config: Tree)
     found = runs.evaluate_run(folder, None, None, None)
     assert found["reward/eval/rm"] == pytest.approx(metrics(folder)[-1]["reward/eval/rm"], rel=1e-5)
     with pytest.raises(
-        ValueError, match="rewards.rm: it learns from labels in the course of a run, and a search trains"
+        ValueError, match=r"rewards\.rm: it learns from labels in the course of a run, and a search trains"
     ):
         search.search(folder / "config.yaml", prompts=1, samples=2, best=1)
 
