@@ -26,11 +26,12 @@ SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 @contextlib.contextmanager
-def requests() -> Iterator[Callable[[], int]]:
+def requests(folder: Path) -> Iterator[Callable[[], int]]:
     """Ctrl-C and SIGTERM become a request, the exit code that ``asked()`` returns; a second one ends at once.
 
     ``asked`` is to be called by all processes, and the same everywhere: 0 until any of them was asked to stop.
-    A failure among several processes is told undisturbed: SIGTERM, by which launchers end the others, is ignored then.
+    A failure among several processes is told undisturbed: SIGTERM, by which launchers end the others, is ignored then,
+    and brings no promise to finish the step where another process of the run in ``folder`` has told its error.
     """
     found = [0]
 
@@ -38,7 +39,7 @@ def requests() -> Iterator[Callable[[], int]]:
         if found[0]:
             raise KeyboardInterrupt
         found[0] = SIGNALS[signal.Signals(number)]
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" and not (folder / "error.txt").exists():
             os.write(2, b"rlkl: finishing the step, then saving; once more ends at once\n")
 
     def asked() -> int:

@@ -61,7 +61,7 @@ def train(
             raise RunError(faults.told(error, config)) from error
         try:
             with (
-                faults.requests() as asked,
+                faults.requests(folder) as asked,
                 screen or Screen(main, config.train.steps) as shown,
                 dashboards.opened(folder, config, main) as copies,
             ):

@@ -212,6 +212,16 @@ def test_a_second_signal_ends_at_once(run: Tree, tmp_path: Path) -> None:
     assert said.endswith("rlkl: interrupted\n")
 
 
+@pytest.mark.parametrize("failed", [False, True])
+def test_no_promise_to_finish_once_another_process_has_told_its_error(failed, tmp_path, capfd):
+    if failed:
+        faults.write_error(tmp_path, "why")
+    with faults.requests(tmp_path) as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked() == 143
+    assert ("finishing the step" in capfd.readouterr().err) is not failed
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of two megabytes."""
