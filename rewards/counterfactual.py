@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlkl import RunError, models
 from rlkl.config import CounterfactualSource
-from rlkl.config.counterfactual import context
+from rlkl.config.templates import context
 from rlkl.faults import limit
 from rlkl.policy import Policy
 from rlkl.rewards.auditor import auditor

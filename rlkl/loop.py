@@ -223,22 +223,27 @@ def step_metrics(rollout: Rollout, rewards: TokenRewards, batch: Batch, scored: 
     return {name: float(x) for name, x in values.items()}
 
 
+def judged(lane: Lane) -> Evaluation:
+    """This process's part of the held-out prompts, evaluated as the lane's configuration says."""
+    return evaluate(
+        lane.forward,
+        lane.judge,
+        lane.held_out.part(lane.rank, lane.ranks),
+        samples_per_prompt=lane.config.evaluate.samples_per_prompt,
+        max_new_tokens=lane.config.rollout.max_new_tokens,
+        eos_ids=lane.eos_ids,
+        stop=lane.config.rollout.stop,
+        seed=lane.config.seed,
+        micro_batch=lane.config.train.micro_batch,
+    )
+
+
 def assess(lane: Lane, tracker: tracking.Tracker, step: int, metrics: Mapping[str, float] | None = None) -> Evaluation:
     """Evaluate, and write the step's row and some samples."""
     started = time.perf_counter()
     config = lane.config
     try:
-        result = evaluate(
-            lane.forward,
-            lane.judge,
-            lane.held_out.part(lane.rank, lane.ranks),
-            samples_per_prompt=config.evaluate.samples_per_prompt,
-            max_new_tokens=config.rollout.max_new_tokens,
-            eos_ids=lane.eos_ids,
-            stop=config.rollout.stop,
-            seed=config.seed,
-            micro_batch=config.train.micro_batch,
-        )
+        result = judged(lane)
         if step == 0 and lane.marked is None:
             lane.marked = moved.labelled(result.rollout, lane.reward.sources)
         if step == 0:

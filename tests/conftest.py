@@ -94,6 +94,26 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def foreign_model(folder: Path, text: str, vocabulary: int) -> Path:
+    """Writes a random Llama whose tokenizer, made of the sentences and a text, is no other model's here."""
+    tokenizer = train_tokenizer([*SENTENCES * 4, text], vocabulary, context=128)
+    set_seed(3)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_reward_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random reward model of one layer over the same tokenizer."""

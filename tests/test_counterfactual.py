@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SENTENCES, Tree, metrics, reward_model, write_jsonl
+from conftest import Tree, foreign_model, metrics, reward_model, write_jsonl
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import rlkl
 from rlkl import models, settings
@@ -153,24 +153,7 @@ def test_it_is_causal_and_the_probe_says_so(tiny_model: Path, monkeypatch: pytes
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random model over another, coarser tokenizer."""
-    folder = tmp_path_factory.mktemp("foreign")
-    tokenizer = train_tokenizer([*SENTENCES * 4, "Line: token lines tokens jumps jumping"], 330, context=128)
-    set_seed(3)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=128,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            initializer_range=0.3,
-        )
-    ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return foreign_model(tmp_path_factory.mktemp("foreign"), "Line: token lines tokens jumps jumping", 330)
 
 
 def test_another_tokenizer_scores_the_text_and_is_paid_once_its_words_are_over(tiny_model: Path, foreign: Path) -> None:

@@ -77,6 +77,15 @@ def test_observed_outcomes_become_likelier_and_the_scorer_stays(tiny_model: Path
     assert control.learn(rollout, 1) == control.prepare(lambda k: rollout, 0) == control.state_dict() == {}
 
 
+JOINT: Tree = {
+    "type": "counterfactual",
+    "template_marginal": "Line:{x_prime}",
+    "predictor": "joint",
+    "outcome": "test_joint:observed",
+    "template_outcome": "{x_prime} is {y_prime}",
+    "y_prime": "good",
+    "budget": 14,
+}
 CONTROL: Tree = {"predictor": "control", "outcome": None, "budget": None, "learning_rate": 1e-4}
 
 
@@ -113,17 +122,7 @@ def test_an_outcome_that_cannot_be_had_is_named(tiny_model: Path, function: str,
 
 @pytest.fixture
 def config(tiny_config: Tree, tiny_model: Path) -> Tree:
-    cf = {
-        "type": "counterfactual",
-        "template_marginal": "Line:{x_prime}",
-        "scorer": str(tiny_model),
-        "predictor": "joint",
-        "outcome": "test_joint:observed",
-        "template_outcome": "{x_prime} is {y_prime}",
-        "y_prime": "good",
-        "budget": 14,
-        "learning_rate": 1e-2,
-    }
+    cf = {**JOINT, "scorer": str(tiny_model), "learning_rate": 1e-2}
     return {**tiny_config, "rewards": {"cf": cf}, "train": {"steps": 4}, "save": {"every": 1, "keep": 9}}
 
 

@@ -8,18 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SENTENCES
+from conftest import foreign_model
 from stub import Stub
 from test_config_effects import shows
 from test_counterfactual import rollout_of
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import AutoTokenizer
 
 from rlkl import Outage, RunError, models
 from rlkl.config import OverseerSource
 from rlkl.endpoint import NoAnswer
 from rlkl.rewards.judges import disjoint, judged
 from rlkl.rewards.overseer import OverseerReward
-from rlkl.tasks.pretrain import train_tokenizer
 from rlkl.types import Rollout
 
 ROWS = [("Line 1:", " a quick fox"), ("Line 2:", " a dog"), ("Line 1:", " a quick fox"), ("Line 2:", " lazy")]
@@ -29,25 +28,7 @@ TEMPLATE = "{prompt}{completion} ->"
 @pytest.fixture(scope="session")
 def judge_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random Llama whose tokenizer is no other model's here."""
-    folder = tmp_path_factory.mktemp("judge")
-    tokenizer = train_tokenizer([*SENTENCES, "rated 1 2 3 10 yes no"], 300, context=96)
-    set_seed(3)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=96,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            initializer_range=0.4,
-        )
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return foreign_model(tmp_path_factory.mktemp("judge"), "rated 1 2 3 10 yes no", 300)
 
 
 def source(**keys: Any) -> OverseerSource:
@@ -192,8 +173,8 @@ def test_a_judge_that_gives_no_rating_ends_the_run(judge_model: Path, rollout: R
 
 
 def test_a_question_that_is_too_long_is_never_cut(judge_model: Path, rollout: Rollout) -> None:
-    with pytest.raises(RunError, match=r"sample 0: the question has \d+ tokens with a rating, .* reads at most 96"):
-        local(judge_model, template="x" * 100 + TEMPLATE)(rollout)
+    with pytest.raises(RunError, match=r"sample 0: the question has \d+ tokens with a rating, .* reads at most 128"):
+        local(judge_model, template="x" * 140 + TEMPLATE)(rollout)
 
 
 def test_a_rating_that_the_tokenizer_joins_with_the_question_is_refused(judge_model: Path, rollout: Rollout) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import Tree, varied
+from test_joint import JOINT
 
 from rlkl.cli import main
 from rlkl.search import search
@@ -52,16 +53,7 @@ def test_the_command_prints_a_table_and_writes_the_rows(config: Path, capsys: py
 
 def test_what_is_yet_to_be_taught_ranks_nothing(config: Path, tiny_model: Path) -> None:
     taught = {"type": "learned", "path": str(tiny_model), "labeller": "test_search:length", "budget": 8}
-    joint = {
-        "type": "counterfactual",
-        "template_marginal": "Line:{x_prime}",
-        "scorer": str(tiny_model),
-        "predictor": "joint",
-        "outcome": "test_joint:observed",
-        "template_outcome": "{x_prime} is {y_prime}",
-        "y_prime": "good",
-        "budget": 14,
-    }
+    joint = {**JOINT, "scorer": str(tiny_model)}
     for source in (taught, joint):
         with pytest.raises(ValueError, match=r"rewards.model: it learns .* and a search trains nothing"):
             search(config, [f"rewards={yaml.safe_dump({'model': source}, default_flow_style=True, width=9999)}"],

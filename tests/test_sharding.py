@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import Tree
+from models import assert_same_gradients
 from peft import LoraConfig, get_peft_model
 from ranks import gradients, runs
 from safetensors.torch import load_file
@@ -81,10 +82,7 @@ def test_sharded_gradients_are_the_whole_ones(kinds: dict[str, Tree]) -> None:
     for name in kinds:
         one, two = (load_file(f"{folder}/{name}.safetensors") for folder in ("one", "two"))
         assert one.keys() == two.keys()
-        scale = max(float(g.abs().max()) for g in one.values())
-        assert scale > 1e-4
-        for key, gradient in one.items():
-            assert torch.allclose(gradient, two[key], rtol=1e-5, atol=1e-5 * scale), (name, key)
+        assert_same_gradients(two, one)
 
 
 def test_sharded_runs_and_checkpoints_are_those_of_one_process(kinds: dict[str, Tree]) -> None:

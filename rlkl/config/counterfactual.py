@@ -1,13 +1,12 @@
 """The counterfactual score in the section ``rewards:``. Torch-free."""
 
 import re
-from collections.abc import Iterator
-from string import Formatter
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from rlkl.config.base import Positive, RewardSource
+from rlkl.config.templates import fields, parts
 
 FUNCTION = r"[\w.]+:\w+"
 SCORED = ("x_prime", "completion")  # two names of the completion
@@ -84,7 +83,7 @@ class CounterfactualSource(RewardSource):
                 )
         elif self.lambda_y != 1:
             raise ValueError(f"lambda_y={self.lambda_y:g} without template_outcome: there is no y'; drop lambda_y")
-        read = {name for _, name in _parts("template_auditor", self.template_auditor) if name is not None}
+        read = {name for _, name in parts("template_auditor", self.template_auditor) if name is not None}
         if "x_prime" not in read or read - {"x", "x_prime"}:
             raise ValueError(
                 f"template_auditor={self.template_auditor!r}: it lays out {{x_prime}}, beside {{x}} or alone"
@@ -146,33 +145,3 @@ class CounterfactualSource(RewardSource):
         if self.c_end is None or self.c_steps is None:
             return self.c
         return self.c + (self.c_end - self.c) * min(step / self.c_steps, 1)
-
-
-def fields(key: str, template: str) -> list[str]:
-    """The placeholders of a template, in order.
-
-    Raises:
-        ValueError: a brace is not closed, a placeholder is no plain name, or there is text after the last one.
-    """
-    parts = list(_parts(key, template))
-    names = [name for _, name in parts if name is not None]
-    if parts and parts[-1][1] is None and names:
-        raise ValueError(f"{key}={template!r}: ends in text; what is scored is the text of the last placeholder")
-    return names
-
-
-def context(key: str, template: str) -> list[tuple[str, str | None]]:
-    """A template without its last placeholder: texts, each with the placeholder behind it."""
-    parts = list(_parts(key, template))
-    return [*parts[:-1], (parts[-1][0], None)]
-
-
-def _parts(key: str, template: str) -> Iterator[tuple[str, str | None]]:
-    try:
-        parts = list(Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError(f"{key}={template!r}: {error}; a brace that is text is written twice") from None
-    for text, name, spec, conversion in parts:
-        if name is not None and (not name.strip() or spec or conversion):
-            raise ValueError(f"{key}={template!r}: {{{name}}} is no plain name; write {{x_prime}} or {{column}}")
-        yield text, name

@@ -1,13 +1,13 @@
 """The judge in the section ``rewards:``. Torch-free."""
 
 import json
-from collections.abc import Iterator, Mapping
-from string import Formatter
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from rlkl.config.base import Positive, RewardSource
+from rlkl.config.templates import parts
 
 LOCAL = ("chat", "micro_batch")
 READ = ("top_logprobs", "min_mass")
@@ -133,15 +133,4 @@ class OverseerSource(RewardSource):
         Raises:
             ValueError: a brace is not closed, or a placeholder is no plain name.
         """
-        return list(_parts(self.template))
-
-
-def _parts(template: str) -> Iterator[tuple[str, str | None]]:
-    try:
-        parts = list(Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError(f"template={template!r}: {error}; a brace that is text is written twice") from None
-    for text, name, spec, conversion in parts:
-        if name is not None and (not name.strip() or spec or conversion):
-            raise ValueError(f"template={template!r}: {{{name}}} is no plain name; write {{completion}} or {{column}}")
-        yield text, name
+        return list(parts("template", self.template))

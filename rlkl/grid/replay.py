@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlkl import RunError, launch, lessons, loop, settings
 from rlkl.config import Config
-from rlkl.evaluate import Evaluation, evaluate
+from rlkl.evaluate import Evaluation
 from rlkl.grid import listed
 from rlkl.grid.plan import Plan, Run
 from rlkl.lane import Lane, build, collect
@@ -153,21 +153,10 @@ def flat(tensors: Any) -> Tensor:
 
 def measure(lane: Lane) -> Evaluation:
     """An evaluation as a run makes it."""
-    config = lane.config
     try:
-        return evaluate(
-            lane.forward,
-            lane.judge,
-            lane.held_out,
-            samples_per_prompt=config.evaluate.samples_per_prompt,
-            max_new_tokens=config.rollout.max_new_tokens,
-            eos_ids=lane.eos_ids,
-            stop=config.rollout.stop,
-            seed=config.seed,
-            micro_batch=config.train.micro_batch,
-        )
+        return loop.judged(lane)
     except RunError as error:
-        raise RunError(f"evaluation of {config.name}: {error}") from error
+        raise RunError(f"evaluation of {lane.config.name}: {error}") from error
 
 
 def by_prompt(result: Evaluation, x_BT: Tensor) -> Tensor:

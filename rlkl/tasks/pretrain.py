@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from rlkl.config.counterfactual import fields
+from rlkl.config.templates import fields
 
 EOS, PAD = "<eos>", "<pad>"
 OPTIMISATION: dict[str, Any] = {
