@@ -164,6 +164,39 @@ def test_the_penalty_is_weighed_within_arms_that_differ_in_beta_alone(tmp_path):
     assert "At equal KL, gold: no difference can be told in 2." in said
 
 
+def test_a_question_is_corrected_for_its_own_pairs_and_no_others(tmp_path):
+    """Four arms make six pairs a place, two of which differ in beta alone."""
+    shift = {"low,beta=0.05": 0.0, "low,beta=0.2": 0.1, "high,beta=0.05": 0.0, "high,beta=0.2": 0.1}
+
+    def law(arm: str, seed: int, kl: float) -> float:
+        return 0.3 + shift[arm] * kl**0.5 + 0.02 * (seed - 1)
+
+    data = load([compared(tmp_path, TWO, [0, 1, 2], law, axes={"kl.beta": [0.05, 0.2]})])
+    (said,) = [one for one in answers(data) if one.question == "What does the KL penalty buy?"]
+    at = next(place for place in data.summary["matched"]["kl"] if place["at"] == 2)
+    (pair,) = [p for p in at["pairs"] if (p["a"], p["b"]) == ("low,beta=0.05", "low,beta=0.2")]
+    assert f"p\u00a0=\u00a0{number(2 * pair['p'])} after Holm" in said.points[0]
+
+
+def test_factors_are_told_apart_the_rest_being_equal(tmp_path):
+    def law(arm: str, seed: int, kl: float) -> float:
+        worth = 0.2 * arm.startswith("high") + 0.001 * seed * arm.startswith("high")
+        return 0.3 + worth * kl**0.5 + 0.05 * seed + (0.04 + 0.001 * seed**2) * arm.endswith("0.2")
+
+    folder = compared(tmp_path, TWO, [0, 1, 2], law, axes={"kl.beta": [0.05, 0.2]})
+    found = {one.question: one for one in answers(load([folder]))}
+    arms = found["Which arm gets the most gold, the rest being equal?"]
+    assert arms.answer == "3 of 3 differences are shown."
+    assert arms.points[0] == "at 1 nat high is above low by 0.201"
+    assert arms.details[0].startswith("at 1 nat, high against low: +0.201 [+0.1")
+    assert "in 2 of 2 combinations" in arms.details[0]
+    betas = found["Which beta gets the most gold, the rest being equal?"]
+    assert betas.points[-1] == "at the end beta 0.2 is above beta 0.05 by 0.042"
+    assert not any(
+        "the rest being equal" in question for question in asked(compared(tmp_path / "b", TWO, [0, 1, 2], law))
+    )
+
+
 def test_where_one_arm_overtakes_another_is_found_between_two_budgets(tmp_path):
     def crossing(arm: str, seed: int, kl: float) -> float:
         budget = float(arm.split("queries=")[1])

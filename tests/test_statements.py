@@ -138,9 +138,8 @@ def test_pairs_are_compared_over_seeds_and_over_prompts(made):
     assert pair["p_holm"] == pair["p"]  # two arms make one test a place
 
 
-def test_holm_corrects_the_pairs_of_a_place_together():
-    pairs = [{"p": p, "p_holm": None} for p in (0.01, 0.04, None, 0.03)]
-    statements._correct(pairs)
+def test_holm_corrects_the_pairs_of_a_question_together():
+    pairs = pairwise.corrected([{"p": p} for p in (0.01, 0.04, None, 0.03)])
     assert [pair["p_holm"] for pair in pairs] == [pytest.approx(0.03), pytest.approx(0.06), None, pytest.approx(0.06)]
 
 

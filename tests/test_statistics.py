@@ -118,6 +118,17 @@ def test_the_difference_is_welchs():
     assert level == (1.0, None, None)
 
 
+def test_paired_changes_are_students():
+    """[1, 2, 4]: mean 7/3, variance 7/3, so that t is the root of 7."""
+    from scipy import stats
+
+    found = pairwise.paired([1, 2, 4])
+    half = stats.t.ppf(0.975, 2) * math.sqrt(7) / 3
+    assert found.interval == pytest.approx((7 / 3 - half, 7 / 3 + half))
+    assert found.p == pytest.approx(2 * stats.t.sf(math.sqrt(7), 2))
+    assert pairwise.paired([1, 2]) == (1.5, None, None) and pairwise.paired([2, 2, 2]) == (2.0, None, None)
+
+
 def test_the_probability_of_improvement_counts_pairs():
     assert pairwise.improvement([1, 2, 3], [2, 3, 4]) == pytest.approx((3 + 2.5 + 1.5) / 9)
     assert pairwise.improvement([1], [2, 0]) == 0.5

@@ -50,6 +50,12 @@ def cells(config: CompareConfig) -> list[Cell]:
     return left
 
 
+def coordinates(name: str) -> dict[str, str]:
+    """What the name of a row says: its arm, and its value on every bundle and axis as names have them."""
+    arm, *rest = name.split(",")
+    return {"arm": arm} | dict(part.split("=", 1) for part in rest if "=" in part)
+
+
 def _product(config: CompareConfig) -> Iterator[Cell]:
     leaves = [key.rpartition(".")[2] for key in config.axes]
     short = [leaf if leaves.count(leaf) == 1 else key for leaf, key in zip(leaves, config.axes, strict=True)]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlkl.config import Config
+from rlkl.grid import factors
 from rlkl.grid.plan import Plan
 from rlkl.grid.results import COLLAPSE, COUNTS, Result, timed
 from rlkl.statistics import coverage, frontier, intervals, overoptimisation, pairwise
@@ -36,9 +37,7 @@ def summary(plan: Plan, results: Results, exact: Sequence[Mapping[str, Any]] | N
     heights = _heights(done, match, exact)
     places = {kl: _matched_kl(mine, kl) for kl in sorted({*REPORT_KL, *([match] if match else [])})}
     places = {kl: place for kl, place in places.items() if any(place["arms"].values())}
-    table = places[match]["pairs"] if match in places else [] if match else _pairs(mine, _end, None)
-    for family in [*(place["pairs"] for place in places.values()), *([] if match else [table])]:
-        _correct(family)
+    table = places[match] if match in places else {"pairs": [], "factors": []} if match else _compared(mine, _end, None)
     return {
         "name": plan.config.name,
         "gold": plan.gold,
@@ -46,7 +45,7 @@ def summary(plan: Plan, results: Results, exact: Sequence[Mapping[str, Any]] | N
         "proxy": {arm: list(proxy(runs[0].config, plan.gold)) for arm, runs in plan.arms.items()},
         "statistics": {"level": LEVEL, "coverage": coverage.MEASURED},
         "arms": {arm: _arm(runs, heights) for arm, runs in mine.items()},
-        "pairs": table,
+        **{name: table[name] for name in ("pairs", "factors")},
         "matched": {
             "kl": list(places.values()),
             "gold": _matched_gold(mine, done),
@@ -180,8 +179,10 @@ def _matched_kl(mine: Mapping[str, Sequence[Result]], kl: float) -> Tree:
     def at(r: Result) -> float | None:
         return frontier.at_kl(r.line("kl"), r.line("gold"), kl) if r.error is None else None
 
-    return {"at": kl, "arms": {arm: cell([at(r) for r in runs]) for arm, runs in mine.items()}} | {
-        "pairs": _pairs(mine, at, kl)
+    return {
+        "at": kl,
+        "arms": {arm: cell([at(r) for r in runs]) for arm, runs in mine.items()},
+        **_compared(mine, at, kl),
     }
 
 
@@ -213,6 +214,11 @@ def _row(at: float, mine: Mapping[str, Sequence[Result]], value: Callable[[Resul
     }
 
 
+def _compared(mine: Mapping[str, Sequence[Result]], value: Callable[[Result], float | None], kl: float | None) -> Tree:
+    """All pairs of arms, with Holm's p-values over them: each place is a question of its own; and every factor."""
+    return {"pairs": pairwise.corrected(_pairs(mine, value, kl)), "factors": factors.effects(mine, value)}
+
+
 def _pairs(
     mine: Mapping[str, Sequence[Result]], value: Callable[[Result], float | None], kl: float | None
 ) -> list[Tree]:
@@ -234,7 +240,6 @@ def _pairs(
                 "difference": seeds.value,
                 "interval": seeds.interval,
                 "p": seeds.p,
-                "p_holm": None,
                 "improvement": pairwise.improvement(one, other),
                 "improvement_interval": pairwise.improvement_interval(one, other),
                 "prompts": _by_prompt(prompts[a], prompts[b]),
@@ -252,13 +257,6 @@ def _by_prompt(a: Mapping[int, Mapping[str, float]], b: Mapping[int, Mapping[str
     means = [{name: sum(x[k] for x in xs) / len(xs) for name, xs in both.items()} for k in (0, 1)]
     found = pairwise.prompts(*means)
     return found and {"n": len(both), "difference": found.value, "interval": found.interval}
-
-
-def _correct(pairs: Sequence[Tree]) -> None:
-    """Holm's p-values over the tests of one place: each KL, and the end, is a question of its own."""
-    tested = [pair for pair in pairs if pair["p"] is not None]
-    for pair, adjusted in zip(tested, pairwise.holm([pair["p"] for pair in tested]), strict=True):
-        pair["p_holm"] = adjusted
 
 
 def _timeless(values: Mapping[str, float | None]) -> dict[str, float | None]:

@@ -74,6 +74,8 @@ def markdown(summary: Tree) -> str:
         parts += [f"## Area under the frontier, up to {area['limit']:.3g} nats", _table(heads, rows)]
     for place in _tested(summary):
         parts += [f"## Pairs, {gold} {place['said']}", _pairs(place["pairs"])]
+        for one in place["factors"]:
+            parts += [f"## By {one['factor']}, the rest being equal, {gold} {place['said']}", _effects(one["pairs"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -124,28 +126,35 @@ def _cells(summary: Tree) -> Iterator[tuple[str, str, str, Tree]]:
 def _tested(summary: Tree) -> Iterator[Tree]:
     """The places at which pairs are compared."""
     if not summary["match_kl"] and summary["pairs"]:
-        yield {"said": "at the end", "pairs": summary["pairs"]}
+        yield {"said": "at the end", "pairs": summary["pairs"], "factors": summary["factors"]}
     for place in summary["matched"]["kl"]:
         if place["pairs"]:
-            yield {"said": f"at {place['at']:g} nats", "pairs": place["pairs"]}
+            yield {**place, "said": f"at {place['at']:g} nats"}
 
 
 def _pairs(pairs: Sequence[Tree]) -> str:
     heads = ["", "difference", "p (Holm)", "P(improvement)", "the same runs on other prompts"]
     rows = []
     for pair in pairs:
-        p = "–" if pair["p_holm"] is None else f"{pair['p_holm']:.3g}"
         prompts = pair["prompts"]
         rows.append(
             [
-                f"{pair['b']} − {pair['a']}",
-                f"{pair['difference']:+.3f}{_bounds(pair['interval'], '+')}",
-                p,
+                *_difference(pair),
                 f"{pair['improvement']:.2f}{_bounds(pair['improvement_interval'])}",
                 "–" if prompts is None else f"{prompts['difference']:+.3f}{_bounds(prompts['interval'], '+')}",
             ]
         )
     return _table(heads, rows)
+
+
+def _effects(pairs: Sequence[Tree]) -> str:
+    heads = ["", "difference", "p (Holm)", "combinations", "seeds"]
+    return _table(heads, [[*_difference(x), f"{x['cells']} of {x['of']}", str(x["n"])] for x in pairs])
+
+
+def _difference(pair: Tree) -> tuple[str, str, str]:
+    p = "–" if pair["p_holm"] is None else f"{pair['p_holm']:.3g}"
+    return f"{pair['b']} − {pair['a']}", f"{pair['difference']:+.3f}{_bounds(pair['interval'], '+')}", p
 
 
 def _bounds(interval: Sequence[float] | None, sign: str = "") -> str:

@@ -2,12 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rlkl import settings
+from rlkl.grid.cells import coordinates
 from rlkl.report.load import Data
 from rlkl.report.words import Tree, cell, difference, listed, nats, number, outside, signed, told, versus
+from rlkl.statistics import pairwise
 
 BUDGETS = ("budget", "budgets", "labels", "queries", "label_budget", "max_queries")
 """Last parts of axes that are label budgets."""
@@ -26,7 +28,7 @@ class Answer:
 
 def answers(data: Data) -> list[Answer]:
     """All that can be asked of these runs."""
-    return [*_most_gold(data), *_penalty(data), *_budgets(data), *_overoptimised(data)]
+    return [*_most_gold(data), *_factors(data), *_penalty(data), *_budgets(data), *_overoptimised(data)]
 
 
 def _most_gold(data: Data) -> Iterator[Answer]:
@@ -60,14 +62,15 @@ def _ranking(data: Data, cells: Mapping[str, Tree], pairs: Sequence[Tree], done:
     best, few = order[0], min(found["n"] for found in cells.values())
     missing = [arm for arm in data.arms if arm not in cells]
     tail = f" Of {listed(missing)} no run {done}." if missing else ""
+    there, runs = cells[best]["n"], data.summary["arms"][best]["runs"]
+    top = cell(cells[best]) + (f" in {there} of {runs} runs" if there < runs or len(order) == 1 else "")
     if len(order) == 1:
-        runs = f"{cells[best]['n']} of {data.summary['arms'][best]['runs']} runs"
-        return f"Only {best} {done}, with {cell(cells[best])} in {runs}.", ()
+        return f"Only {best} {done}, with {top}.", ()
     against = {arm: pair for arm in order[1:] if (pair := versus(pairs, arm, best))}
     details = tuple(f"{best} against {arm}: {difference(pair)}" for arm, pair in against.items())
     if not any(pair["interval"] for pair in against.values()):
         seeds = f"{few} seed{'s' if few > 1 else ''}"
-        text = f"{best} has the highest mean, {cell(cells[best])}. With {seeds} in an arm there is no interval, and"
+        text = f"{best} has the highest mean, {top}. With {seeds} in an arm there is no interval, and"
         return f"{text} nothing is shown about other seeds.{tail}", details
     beaten = [arm for arm, pair in against.items() if told(pair)]
     equal = [arm for arm in order[1:] if arm not in beaten]
@@ -76,11 +79,49 @@ def _ranking(data: Data, cells: Mapping[str, Tree], pairs: Sequence[Tree], done:
         tail = f" Taken alone, the interval of the difference leaves out 0 against {listed(alone)}.{tail}"
     if not beaten:
         than = f" (against {order[1]}: {difference(against[order[1]])})" if order[1] in against else ""
-        text = f"No difference can be told: {best} has the highest mean, {cell(cells[best])}, but no other arm is shown"
+        text = f"No difference can be told: {best} has the highest mean, {top}, but no other arm is shown"
         return f"{text} to be below it{than}.{tail}", details
-    text = f"{best}, with {cell(cells[best])}: shown to be above {listed(beaten)} (against {beaten[0]}: "
+    text = f"{best}, with {top}: shown to be above {listed(beaten)} (against {beaten[0]}: "
     text += f"{difference(against[beaten[0]])})"
     return f"{text}{f'; from {listed(equal)} no difference can be told' if equal else ''}.{tail}", details
+
+
+def _factors(data: Data) -> Iterator[Answer]:
+    """For every factor of a grid which of its values gets the most gold, averaged over the other factors."""
+    places = [(f"at {nats(place['at'])}", place["factors"]) for place in data.summary["matched"]["kl"]]
+    if not data.summary.get("match_kl"):
+        places.append(("at the end", data.summary["factors"]))
+    for factor in dict.fromkeys(one["factor"] for _, found in places for one in found):
+        said = {where: one["pairs"] for where, found in places for one in found if one["factor"] == factor}
+        question = f"Which {factor} gets the most {data.gold}, the rest being equal?"
+        if not any(pair["interval"] for pairs in said.values() for pair in pairs):
+            yield Answer(question, "Too few seeds for intervals; the means are below.", tuple(_every(factor, said)))
+            continue
+        heads = []
+        for where, pairs in said.items():
+            shown = [_ordered(factor, pair) for pair in pairs if told(pair)]
+            none = f"no difference can be told in {len(pairs) - len(shown)} of {len(pairs)} pairs"
+            heads.append(f"{where} {'; '.join([*shown, *([none] if len(shown) < len(pairs) else [])])}")
+        every = [pair for pairs in said.values() for pair in pairs]
+        head = f"{sum(map(told, every))} of {len(every)} differences are shown."
+        yield Answer(question, head, tuple(_every(factor, said)), tuple(heads))
+
+
+def _every(factor: str, said: Mapping[str, Sequence[Tree]]) -> Iterator[str]:
+    for where, pairs in said.items():
+        for pair in pairs:
+            yield f"{where}, {_value(factor, pair['b'])} against {_value(factor, pair['a'])}: {difference(pair)}"
+
+
+def _ordered(factor: str, pair: Tree) -> str:
+    """Two values whose difference is shown, the better one first."""
+    high, low = (pair["b"], pair["a"]) if pair["difference"] > 0 else (pair["a"], pair["b"])
+    return f"{_value(factor, high)} is above {_value(factor, low)} by {number(abs(pair['difference']))}"
+
+
+def _value(factor: str, value: str) -> str:
+    """A value by its name, a number with that of its factor."""
+    return f"{factor} {value}" if value.replace(".", "").replace("-", "").isdigit() else value
 
 
 def _penalty(data: Data) -> Iterator[Answer]:
@@ -92,49 +133,53 @@ def _penalty(data: Data) -> Iterator[Answer]:
         keys.pop("seed", None)
         if beta is not None and data.summary["arms"][arm].get("kl_end"):
             families.setdefault(repr(sorted(keys.items(), key=str)), []).append((float(beta), arm))
+    ends = {(one[0][1], one[-1][1]): (one[0][0], one[-1][0]) for one in map(sorted, families.values()) if len(one) > 1}
+    places = {place["at"]: _chosen(place["pairs"], ends) for place in data.summary["matched"]["kl"]}
     parts, details, held, verdicts = [], [], 0, []
-    for family in (sorted(one) for one in families.values() if len(one) > 1):
-        (low, a), (high, b) = family[0], family[-1]
+    for (a, b), (low, high) in ends.items():
         one, other = data.summary["arms"][a], data.summary["arms"][b]
         held += other["kl_end"]["mean"] < one["kl_end"]["mean"]
         text = f"{a} → {b} (β from {low:g} to {high:g}): KL at the end goes from {cell(one['kl_end'])} to "
         text += f"{cell(other['kl_end'])} nats, {data.gold} from {cell(one['gold'])} to {cell(other['gold'])}; "
-        verdict, said = _at_equal_kl(data, a, b)
+        known = {kl: pairs[a, b] for kl, pairs in places.items() if (a, b) in pairs}
+        verdict, said = _at_equal_kl(known)
         verdicts.append(verdict)
         parts.append(text + said)
-        pairs = ((place["at"], versus(place["pairs"], a, b)) for place in data.summary["matched"]["kl"])
-        details += [f"{b} against {a} at {nats(kl)}: {difference(pair)}" for kl, pair in pairs if pair]
+        details += [f"{b} against {a} at {nats(kl)}: {difference(pair)}" for kl, pair in known.items()]
     if parts:
         counts = [f"{text} in {n}" for text in dict.fromkeys(verdicts) if (n := verdicts.count(text))]
         head = f"Less KL at the end in {held} of {len(parts)} cases. At equal KL, {data.gold}: {', '.join(counts)}."
         yield Answer("What does the KL penalty buy?", head, tuple(details), tuple(parts))
 
 
-def _at_equal_kl(data: Data, a: str, b: str) -> tuple[str, str]:
+def _chosen(pairs: Sequence[Tree], names: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Tree]:
+    """The pairs that a question is about, corrected for each other and for no others."""
+    known = {(a, b): pair for a, b in names if (pair := versus(pairs, a, b))}
+    return dict(zip(known, pairwise.corrected(list(known.values())), strict=True))
+
+
+def _at_equal_kl(pairs: Mapping[float, Tree]) -> tuple[str, str]:
     """Whether the penalty changes what a nat buys, at the largest KL that both get to: in short, and in numbers."""
-    for place in reversed(data.summary["matched"]["kl"]):
-        pair = versus(place["pairs"], a, b)
-        if pair is None:
-            continue
-        where = f"at equal KL, {nats(place['at'])}"
-        if pair["interval"] is None:
-            return (
-                "too few seeds to tell",
-                f"{where}, they differ by {signed(pair['difference'])}, too few seeds to tell",
-            )
-        if not told(pair):
-            return "no difference can be told", f"{where}, no difference can be told ({difference(pair)})"
-        more = "more with the larger β" if pair["difference"] > 0 else "less with the larger β"
-        return more, f"{where}, {more} ({difference(pair)})"
-    return "no KL that both get to", "they do not both get to 1 nat, so there is no equal KL to compare them at"
+    if not pairs:
+        return "no KL that both get to", "they do not both get to 1 nat, so there is no equal KL to compare them at"
+    kl, pair = max(pairs.items(), key=lambda one: one[0])
+    where = f"at equal KL, {nats(kl)}"
+    if pair["interval"] is None:
+        return (
+            "too few seeds to tell",
+            f"{where}, they differ by {signed(pair['difference'])}, too few seeds to tell",
+        )
+    if not told(pair):
+        return "no difference can be told", f"{where}, no difference can be told ({difference(pair)})"
+    more = "more with the larger β" if pair["difference"] > 0 else "less with the larger β"
+    return more, f"{where}, {more} ({difference(pair)})"
 
 
 def _budgets(data: Data) -> Iterator[Answer]:
     """At what label budget one family of arms overtakes another."""
     families: dict[str, dict[float, str]] = {}
     for arm in data.arms:
-        name, *parts = arm.split(",")
-        values = dict(part.split("=", 1) for part in parts if "=" in part)
+        values = coordinates(arm)
         axis = next((key for key in values if key.rpartition(".")[2] in BUDGETS), None)
         if axis is None:
             continue
@@ -142,13 +187,14 @@ def _budgets(data: Data) -> Iterator[Answer]:
             budget = float(values.pop(axis))
         except ValueError:
             continue
-        families.setdefault(",".join([name, *(f"{k}={v}" for k, v in values.items())]), {})[budget] = arm
+        name = ",".join([values.pop("arm"), *(f"{k}={v}" for k, v in values.items())])
+        families.setdefault(name, {})[budget] = arm
     names = list(families)
     for i, one in enumerate(names):
         for other in names[i + 1 :]:
             shared = sorted(set(families[one]) & set(families[other]))
-            pairs = {x: versus(data.summary["pairs"], families[one][x], families[other][x]) for x in shared}
-            known = {x: pair for x, pair in pairs.items() if pair}
+            asked = {(families[one][x], families[other][x]): x for x in shared}
+            known = {asked[arms]: pair for arms, pair in _chosen(data.summary["pairs"], asked).items()}
             if len(known) > 1:
                 yield _overtaking(one, other, known)
 

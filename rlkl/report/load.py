@@ -125,14 +125,15 @@ def load(folders: Sequence[str | Path], gold: str | None = None) -> Data:
 
 
 def _stored(folder: Path, members: Sequence[Member]) -> Row | None:
-    """summary.json of a comparison, unless it is of other runs or some have written since."""
+    """summary.json of a comparison, unless it is of other runs, of a version that stated less, or some wrote since."""
     path = folder / "summary.json"
     if not path.is_file():
         return None
     found: Row = json.loads(path.read_text(encoding="utf-8"))
     written = [m.folder / "metrics.jsonl" for m in members]
     newer = [file for file in written if file.is_file() and file.stat().st_mtime > path.stat().st_mtime]
-    return found if set(found["runs"]) == {m.name for m in members} and not newer else None
+    same = set(found["runs"]) == {m.name for m in members} and "factors" in found
+    return found if same and not newer else None
 
 
 def _distinct(members: Sequence[Member]) -> list[Member]:

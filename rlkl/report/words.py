@@ -76,14 +76,17 @@ def outside(pair: Tree) -> bool:
 
 
 def difference(pair: Tree) -> str:
-    """Two arms in numbers: the second less the first."""
+    """Two arms, or two values of a factor, in numbers: the second less the first."""
     text = signed(pair["difference"])
     if pair["interval"]:
         low, high = pair["interval"]
         text += f" [{signed(low)}, {signed(high)}]"
-    text += f", probability of improvement {number(pair['improvement'])}"
-    if inside := pair["improvement_interval"]:
-        text += f" [{number(inside[0])}, {number(inside[1])}]"
+    if "cells" in pair:
+        text += f", in {pair['cells']} of {pair['of']} combinations"
+    else:
+        text += f", probability of improvement {number(pair['improvement'])}"
+        if inside := pair["improvement_interval"]:
+            text += f" [{number(inside[0])}, {number(inside[1])}]"
     if pair["p_holm"] is not None:
         text += f", p\u00a0=\u00a0{number(pair['p_holm'])} after Holm"
     return text

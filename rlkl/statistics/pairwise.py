@@ -3,12 +3,12 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize, stats
 
-from rlkl.statistics.intervals import FEWEST, LEVEL, Floats, Interval, bounds, finite, level
+from rlkl.statistics.intervals import FEWEST, LEVEL, Floats, Interval, bounds, finite, interval, level
 
 
 class Difference(NamedTuple):
@@ -36,6 +36,20 @@ def difference(a: Sequence[float], b: Sequence[float]) -> Difference:
         test = stats.ttest_ind(other, one, equal_var=False)
     low, high = test.confidence_interval(LEVEL)
     return Difference(value, Interval(float(low), float(high)), float(test.pvalue))
+
+
+def paired(changes: Sequence[float]) -> Difference:
+    r"""The mean change of seeds, :math:`\bar d\pm t_{n-1}s_d/\sqrt n`, in the unit of the values; p of its t test.
+
+    No interval and no test of fewer than 3 seeds, or where they are all equal.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    row = finite(changes)
+    if len(row) < FEWEST or level(row):
+        return Difference(float(row.mean()), None, None)
+    return Difference(float(row.mean()), interval(changes), float(stats.ttest_1samp(row, 0.0).pvalue))
 
 
 def improvement(a: Sequence[float], b: Sequence[float]) -> float:
@@ -110,3 +124,9 @@ def holm(p: Sequence[float]) -> list[float]:
     adjusted = np.empty_like(steps)
     adjusted[order] = steps
     return [float(x) for x in adjusted]
+
+
+def corrected(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Comparisons that answer one question together: each with ``p_holm``, Holm's of its ``p``; None where that is."""
+    tested = iter(holm([pair["p"] for pair in pairs if pair["p"] is not None]))
+    return [{**pair, "p_holm": None if pair["p"] is None else next(tested)} for pair in pairs]
