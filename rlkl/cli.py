@@ -129,7 +129,7 @@ def evaluate(
 def search(
     config: Annotated[str, typer.Argument(help="the YAML file of a run, see configs/counterfactual.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="how many held-out prompts")] = 3,
+    prompts: Annotated[int, typer.Option(min=1, help="how many held-out prompts; of fewer all")] = 3,
     samples: Annotated[int, typer.Option(min=1, help="completions a prompt, n of best-of-n")] = 64,
     best: Annotated[int, typer.Option(min=1, help="how many of them, by the run's rewards")] = 3,
     output: Annotated[str | None, typer.Option("--output", "-o", help="a new .jsonl file for the rows")] = None,

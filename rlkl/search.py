@@ -16,13 +16,15 @@ Row = dict[str, Any]
 def search(source: str | Path, overrides: Sequence[str] = (), *, prompts: int, samples: int, best: int) -> list[Row]:
     """The ``best`` of ``samples`` distinct completions of the first held-out prompts, ranked by the run's reward.
 
+    ``prompts`` takes the place of ``evaluate.prompts``; where fewer are held out, all of them are searched.
+
     A row has ``prompt``, ``rank`` (from 1), ``completion``, ``drawn`` (how often), the total ``score``, and what every
     source gave under its name in ``shares``, watched ones too.
 
     Raises:
         ValueError: the configuration cannot be used, learns from stored completions, or has a source yet to be taught.
     """
-    config = settings.load(source, overrides)
+    config = settings.load(source, [*overrides, f"evaluate.prompts={prompts}"])
     if config.offline:
         raise ValueError(f"data.type={config.data.type}: a search samples; give prompts, such as data.type=jsonl")
     for name, given in config.rewards.items():
@@ -34,7 +36,7 @@ def search(source: str | Path, overrides: Sequence[str] = (), *, prompts: int, s
     lane = build(config)
     rollout = sample(
         lane.policy,
-        lane.held_out.first(prompts),
+        lane.held_out,
         samples_per_prompt=samples,
         max_new_tokens=config.rollout.max_new_tokens,
         eos_ids=lane.eos_ids,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Tree, varied
+from conftest import RECORDS, Tree, varied
 from test_joint import JOINT
 
 from rlkl.cli import main
@@ -49,6 +49,13 @@ def test_the_command_prints_a_table_and_writes_the_rows(config: Path, capsys: py
     assert all(word in said for word in ("prompt", "drawn", "score", "length")) and not Path("runs").exists()
     assert main(words) == 2 and "best.jsonl: exists" in capsys.readouterr().err
     assert main([*words, "--overwrite"]) == 0
+
+
+def test_as_many_prompts_are_searched_as_are_asked_for_and_held_out(config: Path) -> None:
+    tree = {**yaml.safe_load(config.read_text()), "evaluate": {"prompts": 1}}
+    config.write_text(yaml.safe_dump(tree))
+    counts = [len({row["prompt"] for row in search(config, prompts=n, samples=2, best=1)}) for n in (1, 2, 99)]
+    assert counts == [1, 2, round(len(RECORDS) * tree["data"]["held_out"])]
 
 
 def test_what_is_yet_to_be_taught_ranks_nothing(config: Path, tiny_model: Path) -> None:
