@@ -22,7 +22,18 @@ BASE = {
     "trainer": {"type": "reinforce"},
     "train": {"steps": 20},
 }
+TWO = {"low": {}, "high": {"optimiser": {"learning_rate": 0.002}}}
 Law = Callable[[str, int, float], float]
+
+
+def steady(arm: str, seed: int, kl: float) -> float:
+    """``high`` is .2 above ``low`` at 4 nats, .1 at 1 nat; seeds differ by a hundredth."""
+    return 0.3 + (0.2 if arm.startswith("high") else 0.1) * kl**0.5 + 0.01 * (seed - 1)
+
+
+def alike(arm: str, seed: int, kl: float) -> float:
+    """Arms that differ by less than their seeds."""
+    return 0.3 + 0.1 * kl**0.5 + 0.05 * (seed - 1) + (0.001 if arm.startswith("high") else 0.0)
 
 
 def compared(folder: Path, arms: dict[str, Any], seeds: Sequence[int], gold: Law, **more: Any) -> Path:
