@@ -172,6 +172,7 @@ def conclude(made: Plan, errors: Mapping[str, str]) -> int:
     from rlkl import plots
     from rlkl.grid import cost, listed, results, statements, tables
     from rlkl.grid.board import console
+    from rlkl.grid.stated import stated
     from rlkl.report.build import report
 
     config = made.config
@@ -186,11 +187,7 @@ def conclude(made: Plan, errors: Mapping[str, str]) -> int:
     ended = {run.config.name: cost.bound(run) for run in made.runs}
     exact = listed.exact_points(made)
     timing = statements.timing(made, found)
-    summary = statements.summary(made, found, exact["frontier"] if exact else None)
-    summary |= {"exact_horizons": exact["horizons"]} if exact else {}
-    summary |= {"flags": fair.flags(made), "budgets": cost.caps(made), "tuning": cost.tuning(made)}
-    for name, run in summary["runs"].items():
-        run["ended"] = ended[name] if run["error"] is None else None
+    summary = stated(made, found, ended, exact)
     written = {"summary.json": json.dumps(summary, indent=2) + "\n", "timing.json": json.dumps(timing, indent=2) + "\n"}
     written |= {"summary.csv": tables.comma_separated(summary), "summary.md": tables.markdown(summary)}
     for name, text in written.items():

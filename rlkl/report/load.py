@@ -10,9 +10,11 @@ from typing import Any
 
 from rlkl import settings
 from rlkl.config import Config
+from rlkl.config.budget import BudgetConfig
 from rlkl.config.compare import CompareConfig
-from rlkl.grid import plan, results, statements
+from rlkl.grid import cost, plan, results, statements
 from rlkl.grid.plan import Plan, Run
+from rlkl.grid.stated import stated
 from rlkl.tracking import read_rows
 
 Row = dict[str, Any]
@@ -119,7 +121,7 @@ def load(folders: Sequence[str | Path], gold: str | None = None) -> Data:
     if all(member.error is not None for member in members):
         raise ValueError("\n".join(f"{m.name}: {m.error}" for m in members[:3]) + "\nno run has anything to report")
     stored = _stored(Path(folders[0]), members) if len(folders) == 1 and plans and chosen == plans[0].gold else None
-    summary = _summary(whole, members) if stored is None else stored
+    summary = stored or _summary(whole, members, _exact(list(map(Path, folders)), plans, chosen))
     named = {m.name: summary["runs"][m.name]["error"] for m in members}
     return Data(whole, summary, [replace(m, error=named[m.name] or m.error) for m in members], compared)
 
@@ -162,15 +164,41 @@ def _free(name: str, taken: Any) -> str:
 
 
 def _whole(plans: Sequence[Plan], members: Sequence[Member], gold: str) -> Plan:
-    """One plan of all members."""
+    """One plan of all members, which keeps what each comparison said of itself."""
     runs = [
         Run(m.arm, m.config.model_copy(update={"name": m.name, "folder": str(m.folder.parent)}), m.of) for m in members
     ]
     if len(plans) == 1 and len(runs) == len(plans[0].runs):
         return Plan(plans[0].config, gold, runs)
-    name = "-and-".join(dict.fromkeys(p.config.name for p in plans)) or "runs"
-    config = CompareConfig(name=name, base={}, arms={"runs": {}}, seeds=sorted({m.seed for m in members}), gold=gold)
-    return Plan(config, gold, runs)
+    said = [p.config for p in plans]
+    prefixed = {f"{config.name}/{arm}": n for config in said for arm, n in config.tuning.items()}
+    budgets = [m.config.train.budget for m in members]
+    matches = {config.match_kl for config in said}
+    empty = CompareConfig(name="runs", base={}, arms={"runs": {}}, seeds=sorted({m.seed for m in members}), gold=gold)
+    joined = {  # not checked again: names of arms have their comparison's before a slash
+        "name": "-and-".join(dict.fromkeys(config.name for config in said)) or "runs",
+        "arms": {m.of: {} for m in members},
+        "axes": {key: values for config in said for key, values in config.axes.items()},
+        "bundles": {f"{k}/{key}": values for k, config in enumerate(said) for key, values in config.bundles.items()},
+        "compared": list(dict.fromkeys(key for config in said for key in config.compared)),
+        "columns": list(dict.fromkeys(name for config in said for name in config.columns)),
+        "tuning": prefixed,
+        "budgets": budgets[0] if all(one == budgets[0] for one in budgets) else BudgetConfig(),
+        "match_kl": matches.pop() if len(matches) == 1 else None,
+    }
+    return Plan(empty.model_copy(update=joined), gold, runs)
+
+
+def _exact(folders: Sequence[Path], plans: Sequence[Plan], gold: str) -> Row | None:
+    """What exact.json holds, where every folder has one and all are of this gold and have the same frontier."""
+    paths = [folder / "exact.json" for folder in folders]
+    if any(made.gold != gold for made in plans) or not all(path.is_file() for path in paths):
+        return None
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    if any(one["frontier"] != found[0]["frontier"] for one in found):
+        return None
+    horizons = {json.dumps(point): point for one in found for point in one["horizons"]}
+    return {"frontier": found[0]["frontier"], "horizons": list(horizons.values())}
 
 
 def _judged(member: Member, gold: str) -> Member:
@@ -190,14 +218,16 @@ def _judged(member: Member, gold: str) -> Member:
     return replace(member, error=f"not finished: {done}")
 
 
-def _summary(whole: Plan, members: Sequence[Member]) -> Row:
+def _summary(whole: Plan, members: Sequence[Member], exact: Row | None) -> Row:
     """What the runs came to, as ``rlkl compare`` writes it."""
-    found = {}
+    found, ended = {}, {}
     for m in members:
+        here = m.config.model_copy(update={"name": m.folder.name, "folder": str(m.folder.parent)})
+        ended[m.name] = cost.bound(Run(m.arm, here, m.of))
         if m.error is not None:
             found[m.name] = results.Result(m.arm, m.seed, str(m.folder), m.error)
             continue
         weights = statements.proxy(m.config, whole.gold)
         config = whole.config
         found[m.name] = results.read(m.folder, m.arm, m.seed, whole.gold, config.match_kl, config.columns, weights)
-    return statements.summary(whole, found)
+    return stated(whole, found, ended, exact)
