@@ -2,33 +2,36 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
-from rlkl import settings
 from rlkl.grid.cells import coordinates
+from rlkl.report import budgets, overoptimised, penalty
 from rlkl.report.load import Data
-from rlkl.report.words import Tree, cell, difference, listed, nats, number, outside, signed, told, versus
-from rlkl.statistics import pairwise
+from rlkl.report.tally import lost, none, share
+from rlkl.report.words import (
+    Answer,
+    Tree,
+    cell,
+    difference,
+    listed,
+    many,
+    nats,
+    number,
+    outside,
+    told,
+    untested,
+    versus,
+)
 
-BUDGETS = ("budget", "budgets", "labels", "queries", "label_budget", "max_queries")
-"""Last parts of axes that are label budgets."""
 NATS = (1.0, 2.0, 5.0)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A question, its answer in a sentence, with a point a case where there are several, and what that rests on."""
-
-    question: str
-    answer: str
-    details: tuple[str, ...] = ()
-    points: tuple[str, ...] = ()
+NAMES = {"beta": "β"}
+"""Factors that have a shorter name than their key."""
 
 
 def answers(data: Data) -> list[Answer]:
-    """All that can be asked of these runs."""
-    return [*_most_gold(data), *_factors(data), *_penalty(data), *_budgets(data), *_overoptimised(data)]
+    """All that can be asked of these runs: first of the factors of a grid, since arms are many there."""
+    found = [*_factors(data), *_most_gold(data)]
+    return [*found, *penalty.answers(data), *budgets.answers(data), *overoptimised.answers(data)]
 
 
 def _most_gold(data: Data) -> Iterator[Answer]:
@@ -41,218 +44,161 @@ def _most_gold(data: Data) -> Iterator[Answer]:
         found = {arm: c for arm, c in places.get(kl, {"arms": {}})["arms"].items() if c}
         if found:
             question = f"Which arm gets the most {data.gold} at {nats(kl)}?"
-            yield Answer(question, *_ranking(data, found, places[kl]["pairs"], "gets there"))
+            yield _ranking(data, question, found, places[kl]["pairs"], "gets there")
         else:
             never.append(f"{kl:g}")
-    if never:
-        far = max(data.summary["runs"].values(), key=_furthest)
-        text = f"No run gets there; the furthest is one of {far['arm']}, at {number(_furthest(far))} nats."
-        yield Answer(f"Which arm gets the most {data.gold} at {listed(never)} nats?", text)
-    match = data.summary.get("match_kl")
-    if not match:
-        ends = {arm: row["gold"] for arm, row in data.summary["arms"].items() if row.get("gold")}
-        text, details = _ranking(data, ends, data.summary["pairs"], "has finished")
-        text += " Arms end at different KL, so this compares whole recipes, not objectives."
-        yield Answer(f"Which arm has the most {data.gold} at the end of training?", text, details)
+    far = max(data.summary["runs"].values(), key=_furthest)
+    if never and _furthest(far) >= 0:
+        text = f"No run gets there; the furthest is one of {far['arm']}, at {nats(_furthest(far))}."
+        yield Answer(f"Which arm gets the most {data.gold} at {listed(never)} nat{'s' * (never != ['1'])}?", text)
+    ends = {arm: row["gold"] for arm, row in data.summary["arms"].items() if row.get("gold")}
+    if ends and not data.summary.get("match_kl"):
+        last = " Arms end at different KL, so this compares whole recipes, not objectives."
+        question = f"Which arm has the most {data.gold} at the end of training?"
+        yield _ranking(data, question, ends, data.summary["pairs"], "has finished", last)
 
 
-def _ranking(data: Data, cells: Mapping[str, Tree], pairs: Sequence[Tree], done: str) -> tuple[str, tuple[str, ...]]:
-    """The best arm, and which others it can be told from."""
+def _ranking(
+    data: Data, question: str, cells: Mapping[str, Tree], pairs: Sequence[Tree], done: str, last: str = ""
+) -> Answer:
+    """All arms in their order; in a sentence the best, and which others it can be told from."""
     order = sorted(cells, key=lambda arm: -cells[arm]["mean"])
-    best, few = order[0], min(found["n"] for found in cells.values())
     missing = [arm for arm in data.arms if arm not in cells]
-    tail = f" Of {listed(missing)} no run {done}." if missing else ""
-    there, runs = cells[best]["n"], data.summary["arms"][best]["runs"]
-    top = cell(cells[best]) + (f" in {there} of {runs} runs" if there < runs or len(order) == 1 else "")
-    if len(order) == 1:
-        return f"Only {best} {done}, with {top}.", ()
+    points = [f"{arm}: {cell(cells[arm])}{share(data, arm, cells[arm]['n'])}" for arm in order]
+    points += [f"{arm}: no {f'run {done}' if data.of(arm) else f'result ({lost(data, arm)})'}" for arm in missing]
+    best = order[0]
     against = {arm: pair for arm in order[1:] if (pair := versus(pairs, arm, best))}
-    details = tuple(f"{best} against {arm}: {difference(pair)}" for arm, pair in against.items())
-    if not any(pair["interval"] for pair in against.values()):
-        seeds = f"{few} seed{'s' if few > 1 else ''}"
-        text = f"{best} has the highest mean, {top}. With {seeds} in an arm there is no interval, and"
-        return f"{text} nothing is shown about other seeds.{tail}", details
-    beaten = [arm for arm, pair in against.items() if told(pair)]
-    equal = [arm for arm in order[1:] if arm not in beaten]
-    alone = [arm for arm in equal if arm in against and outside(against[arm])]
+    details = [f"{best} against {arm}: {difference(pair)}" for arm, pair in against.items()]
+    if details and len(pairs) > 1:
+        details.append(f"p-values are corrected for all {len(pairs)} pairs of arms.")
+    text = _verdict(order, cells, against, f"{cell(cells[best])}{share(data, best, cells[best]['n'])}", done)
+    gone = [f"{arm} ({lost(data, arm)})" for arm in order[1:] if lost(data, arm)]
+    text += f" Runs without a result count in no mean: of {listed(gone)}." if gone else ""
+    return Answer(question, text + none(data, missing, done) + last, tuple(details), tuple(points))
+
+
+def _verdict(order: Sequence[str], cells: Mapping[str, Tree], against: Mapping[str, Tree], top: str, done: str) -> str:
+    """The best arm, and which others are shown to be below it."""
+    best, mean = order[0], cells[order[0]]["mean"]
+    if len(order) == 1:
+        return f"Only {best} {done}, with {top}."
+    level = [arm for arm in order[1:] if math.isclose(cells[arm]["mean"], mean, rel_tol=1e-9, abs_tol=1e-12)]
+    if len(level) == len(order) - 1:
+        return f"The arms are equal: {'all' if level[1:] else 'both'} have a mean of {number(mean)}."
+    top += f", as has {listed(level)}" if level else ""
+    tested = [arm for arm, pair in against.items() if pair["interval"]]
+    if not tested:
+        whys = dict.fromkeys(untested(pair) for arm, pair in against.items() if arm not in level)
+        return f"{best} has the highest mean, {top}; nothing is shown about other seeds: {listed(list(whys))}."
+    beaten = [arm for arm in tested if told(against[arm])]
+    equal = [arm for arm in tested if arm not in beaten]
+    alone = [arm for arm in equal if outside(against[arm])]
+    text = ""
     if alone:
-        tail = f" Taken alone, the interval of the difference leaves out 0 against {listed(alone)}.{tail}"
+        which = f"against {listed(alone)}" if len(alone) < 4 else f"in {len(alone)} of these cases"
+        text = f" Taken alone, the interval of the difference leaves out 0 {which}."
+    if bare := [arm for arm in order[1:] if arm not in tested]:
+        which = listed(bare) if len(bare) < 4 else f"{len(bare)} of the others"
+        text += f" Against {which} there is no test (fewer than 3 seeds, or seeds that do not differ)."
     if not beaten:
-        than = f" (against {order[1]}: {difference(against[order[1]])})" if order[1] in against else ""
-        text = f"No difference can be told: {best} has the highest mean, {top}, but no other arm is shown"
-        return f"{text} to be below it{than}.{tail}", details
-    text = f"{best}, with {top}: shown to be above {listed(beaten)} (against {beaten[0]}: "
-    text += f"{difference(against[beaten[0]])})"
-    return f"{text}{f'; from {listed(equal)} no difference can be told' if equal else ''}.{tail}", details
+        return (
+            f"No difference can be told: {best} has the highest mean, {top}, but no other arm is shown to be below it "
+            f"(against {tested[0]}: {difference(against[tested[0]])}).{text}"
+        )
+    head = f"{best}, with {top}: shown to be above {listed(beaten)} (against {beaten[0]}: "
+    head += f"{difference(against[beaten[0]])})"
+    if equal:
+        head += f"; from {listed(equal) if len(equal) < 4 else f'{len(equal)} others'} no difference can be told"
+    return f"{head}.{text}"
 
 
 def _factors(data: Data) -> Iterator[Answer]:
     """For every factor of a grid which of its values gets the most gold, averaged over the other factors."""
-    places = [(f"at {nats(place['at'])}", place["factors"]) for place in data.summary["matched"]["kl"]]
+    places = [(nats(place["at"]), place["factors"]) for place in data.summary["matched"]["kl"]]
     if not data.summary.get("match_kl"):
-        places.append(("at the end", data.summary["factors"]))
+        places.append(("the end", data.summary["factors"]))
     for factor in dict.fromkeys(one["factor"] for _, found in places for one in found):
         said = {where: one["pairs"] for where, found in places for one in found if one["factor"] == factor}
-        question = f"Which {factor} gets the most {data.gold}, the rest being equal?"
-        if not any(pair["interval"] for pairs in said.values() for pair in pairs):
-            yield Answer(question, "Too few seeds for intervals; the means are below.", tuple(_every(factor, said)))
-            continue
-        heads = []
-        for where, pairs in said.items():
-            shown = [_ordered(factor, pair) for pair in pairs if told(pair)]
-            none = f"no difference can be told in {len(pairs) - len(shown)} of {len(pairs)} pairs"
-            heads.append(f"{where} {'; '.join([*shown, *([none] if len(shown) < len(pairs) else [])])}")
+        question = f"Which {_called(factor)} gets the most {data.gold}, the rest being equal?"
         every = [pair for pairs in said.values() for pair in pairs]
-        head = f"{sum(map(told, every))} of {len(every)} differences are shown."
-        yield Answer(question, head, tuple(_every(factor, said)), tuple(heads))
+        left = "" if all(pair["cells"] == pair["of"] for pair in every) else _LEFT
+        left += _apart(data, factor, every)
+        details = tuple(
+            f"at {where}, {_value(factor, pair['b'])} against {_value(factor, pair['a'])}: {difference(pair)}"
+            for where, pairs in said.items()
+            for pair in pairs
+        )
+        if not any(pair["interval"] for pair in every):
+            whys = listed(list(dict.fromkeys(map(untested, every))))
+            yield Answer(
+                question, f"Nothing is shown about other seeds: {whys}. The differences are below.{left}", details
+            )
+            continue
+        points = tuple(_place(factor, where, pairs) for where, pairs in said.items())
+        yield Answer(question, _summed(factor, said) + left, details, points)
 
 
-def _every(factor: str, said: Mapping[str, Sequence[Tree]]) -> Iterator[str]:
+_LEFT = " Combinations where a run failed or does not get so far are left out."
+
+
+def _apart(data: Data, factor: str, pairs: Sequence[Tree]) -> str:
+    """The values of a factor that are nowhere compared."""
+    values = dict.fromkeys(x for arm in data.arms if (x := coordinates(arm).get(factor)) is not None)
+    known = {frozenset((pair["a"], pair["b"])) for pair in pairs}
+    left = [f"{a} and {b}" for a, b in itertools.combinations(values, 2) if frozenset((a, b)) not in known]
+    if not left:
+        return ""
+    return f" Nothing can be said of {'; '.join(left[:3])}{f'; {len(left) - 3} more' * (len(left) > 3)}: {_APART}."
+
+
+_APART = "no combination of the rest has results of both"
+
+
+def _summed(factor: str, said: Mapping[str, Sequence[Tree]]) -> str:
+    """Which values are shown to be above which, and where."""
+    shown: dict[str, list[str]] = {}
     for where, pairs in said.items():
-        for pair in pairs:
-            yield f"{where}, {_value(factor, pair['b'])} against {_value(factor, pair['a'])}: {difference(pair)}"
+        for high, low, _ in (_ordered(factor, pair) for pair in pairs if told(pair)):
+            shown.setdefault(f"{high} is above {low}", []).append(where)
+    tests = sum(pair["interval"] is not None for pairs in said.values() for pair in pairs)
+    n = sum(map(len, shown.values()))
+    if not n:
+        return f"No difference can be told at {listed(list(said))}."
+    count = f"{n} of {many(tests, 'tested difference')} {'is' if n == 1 else 'are'} shown"
+    if len(shown) > 4:
+        return f"{count}."
+    return f"{'; '.join(f'{text} at {listed(wheres)}' for text, wheres in shown.items())}. {count}."
 
 
-def _ordered(factor: str, pair: Tree) -> str:
-    """Two values whose difference is shown, the better one first."""
+def _place(factor: str, where: str, pairs: Sequence[Tree]) -> str:
+    """What is shown of a factor at one KL."""
+    shown = [f"{high} is above {low} by {by}" for high, low, by in (_ordered(factor, p) for p in pairs if told(p))]
+    rest = [pair for pair in pairs if not told(pair)]
+    if rest:
+        shown.append(f"no difference can be told{f' in {len(rest)} of {len(pairs)} pairs' if len(pairs) > 1 else ''}")
+    if near := [_ordered(factor, pair) for pair in rest if outside(pair)]:
+        names = [f"{high} above {low} (by {by})" for high, low, by in near]
+        shown.append(f"taken alone, the interval leaves out 0 with {listed(names)}")
+    return f"at {where}: {'; '.join(shown)}"
+
+
+def _ordered(factor: str, pair: Tree) -> tuple[str, str, str]:
+    """Two values whose difference is shown, the better one first, and by how much."""
     high, low = (pair["b"], pair["a"]) if pair["difference"] > 0 else (pair["a"], pair["b"])
-    return f"{_value(factor, high)} is above {_value(factor, low)} by {number(abs(pair['difference']))}"
+    return _value(factor, high), _value(factor, low), number(abs(pair["difference"]))
+
+
+def _called(factor: str) -> str:
+    return NAMES.get(factor, factor.replace("_", " "))
 
 
 def _value(factor: str, value: str) -> str:
     """A value by its name, a number with that of its factor."""
-    return f"{factor} {value}" if value.replace(".", "").replace("-", "").isdigit() else value
-
-
-def _penalty(data: Data) -> Iterator[Answer]:
-    """What beta buys, for every family of arms that differ in kl.beta alone: its least against its largest."""
-    families: dict[str, list[tuple[float, str]]] = {}
-    for arm, runs in data.plan.arms.items():
-        keys = settings.decisive(runs[0].config)
-        beta = keys.pop("kl.beta", None)
-        keys.pop("seed", None)
-        if beta is not None and data.summary["arms"][arm].get("kl_end"):
-            families.setdefault(repr(sorted(keys.items(), key=str)), []).append((float(beta), arm))
-    ends = {(one[0][1], one[-1][1]): (one[0][0], one[-1][0]) for one in map(sorted, families.values()) if len(one) > 1}
-    places = {place["at"]: _chosen(place["pairs"], ends) for place in data.summary["matched"]["kl"]}
-    parts, details, held, verdicts = [], [], 0, []
-    for (a, b), (low, high) in ends.items():
-        one, other = data.summary["arms"][a], data.summary["arms"][b]
-        held += other["kl_end"]["mean"] < one["kl_end"]["mean"]
-        text = f"{a} → {b} (β from {low:g} to {high:g}): KL at the end goes from {cell(one['kl_end'])} to "
-        text += f"{cell(other['kl_end'])} nats, {data.gold} from {cell(one['gold'])} to {cell(other['gold'])}; "
-        known = {kl: pairs[a, b] for kl, pairs in places.items() if (a, b) in pairs}
-        verdict, said = _at_equal_kl(known)
-        verdicts.append(verdict)
-        parts.append(text + said)
-        details += [f"{b} against {a} at {nats(kl)}: {difference(pair)}" for kl, pair in known.items()]
-    if parts:
-        counts = [f"{text} in {n}" for text in dict.fromkeys(verdicts) if (n := verdicts.count(text))]
-        head = f"Less KL at the end in {held} of {len(parts)} cases. At equal KL, {data.gold}: {', '.join(counts)}."
-        yield Answer("What does the KL penalty buy?", head, tuple(details), tuple(parts))
-
-
-def _chosen(pairs: Sequence[Tree], names: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Tree]:
-    """The pairs that a question is about, corrected for each other and for no others."""
-    known = {(a, b): pair for a, b in names if (pair := versus(pairs, a, b))}
-    return dict(zip(known, pairwise.corrected(list(known.values())), strict=True))
-
-
-def _at_equal_kl(pairs: Mapping[float, Tree]) -> tuple[str, str]:
-    """Whether the penalty changes what a nat buys, at the largest KL that both get to: in short, and in numbers."""
-    if not pairs:
-        return "no KL that both get to", "they do not both get to 1 nat, so there is no equal KL to compare them at"
-    kl, pair = max(pairs.items(), key=lambda one: one[0])
-    where = f"at equal KL, {nats(kl)}"
-    if pair["interval"] is None:
-        return (
-            "too few seeds to tell",
-            f"{where}, they differ by {signed(pair['difference'])}, too few seeds to tell",
-        )
-    if not told(pair):
-        return "no difference can be told", f"{where}, no difference can be told ({difference(pair)})"
-    more = "more with the larger β" if pair["difference"] > 0 else "less with the larger β"
-    return more, f"{where}, {more} ({difference(pair)})"
-
-
-def _budgets(data: Data) -> Iterator[Answer]:
-    """At what label budget one family of arms overtakes another."""
-    families: dict[str, dict[float, str]] = {}
-    for arm in data.arms:
-        values = coordinates(arm)
-        axis = next((key for key in values if key.rpartition(".")[2] in BUDGETS), None)
-        if axis is None:
-            continue
-        try:
-            budget = float(values.pop(axis))
-        except ValueError:
-            continue
-        name = ",".join([values.pop("arm"), *(f"{k}={v}" for k, v in values.items())])
-        families.setdefault(name, {})[budget] = arm
-    names = list(families)
-    for i, one in enumerate(names):
-        for other in names[i + 1 :]:
-            shared = sorted(set(families[one]) & set(families[other]))
-            asked = {(families[one][x], families[other][x]): x for x in shared}
-            known = {asked[arms]: pair for arms, pair in _chosen(data.summary["pairs"], asked).items()}
-            if len(known) > 1:
-                yield _overtaking(one, other, known)
-
-
-def _overtaking(one: str, other: str, pairs: Mapping[float, Tree]) -> Answer:
-    """Who leads at which budget."""
-    question = f"At what label budget does one of {one} and {other} overtake the other?"
-    details = tuple(f"{x:,.0f} labels, {other} against {one}: {difference(pair)}" for x, pair in pairs.items())
-    if not any(pair["interval"] for pair in pairs.values()):
-        return Answer(question, "Too few seeds for intervals; the means are below.", details)
-    leads = {x: (other if pair["difference"] > 0 else one) if told(pair) else None for x, pair in pairs.items()}
-    said = [
-        f"at {x:,.0f} labels {lead + ' leads' if lead else 'no difference can be told'}" for x, lead in leads.items()
-    ]
-    places = [x for x, lead in leads.items() if lead]
-    turns = [(x, y) for x, y in itertools.pairwise(places) if leads[x] != leads[y]]
-    if turns:
-        x, y = turns[-1]
-        head = f"{leads[y]} overtakes {leads[x]} between {x:,.0f} and {y:,.0f} labels"
-    elif not places:
-        head = "At no budget can a difference be told"
-    else:
-        head = f"No overtaking is shown: wherever a difference can be told, {leads[places[0]]} leads"
-    return Answer(question, f"{head}: {'; '.join(said)}.", details)
-
-
-def _overoptimised(data: Data) -> Iterator[Answer]:
-    """Where what is trained on rises while gold falls."""
-    trained = {arm: names for arm, names in (data.summary.get("proxy") or {}).items() if names}
-    if not trained:
-        return
-    said = []
-    for arm in trained:
-        runs = [data.summary["runs"][m.name]["evaluations"] for m in data.of(arm)]
-        runs = [rows for rows in runs if rows and rows[0].get("proxy") is not None]
-        fallen = [
-            rows
-            for rows in runs
-            if (top := max(rows, key=lambda row: row["gold"])) is not rows[-1]
-            and rows[-1]["gold"] < top["gold"]
-            and rows[-1]["proxy"] > top["proxy"]
-        ]
-        if fallen:
-            tops = [max(rows, key=lambda row: row["gold"]) for rows in fallen]
-            drop = sum(top["gold"] - rows[-1]["gold"] for top, rows in zip(tops, fallen, strict=True)) / len(fallen)
-            at = sum(top["kl"] for top in tops) / len(tops)
-            said.append(
-                f"{arm}: in {len(fallen)} of {len(runs)} runs, by {number(drop)} on average after the best evaluation, "
-                f"at {nats(float(f'{at:.3g}'))}"
-            )
-    text = (
-        "; ".join(said) + "."
-        if said
-        else "In no run: none ends with more of what it is trained on and less gold than at an earlier evaluation."
-    )
-    head = f"Is {data.gold} lost while the proxy still rises?"
-    noise = "The best of several evaluations is above its own mean by chance, so a small fall is no proof."
-    yield Answer(head, text, (noise,) if said else ())
+    try:
+        float(value)
+    except ValueError:
+        return value
+    return f"{_called(factor)} {value}"
 
 
 def _furthest(run: Tree) -> float:

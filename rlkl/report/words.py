@@ -2,9 +2,22 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from rlkl.statistics.intervals import FEWEST
+
 Tree = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question, its answer in a sentence, with a point a case where there are several, and what that rests on."""
+
+    question: str
+    answer: str
+    details: tuple[str, ...] = ()
+    points: tuple[str, ...] = ()
 
 
 def number(x: float | None) -> str:
@@ -13,27 +26,33 @@ def number(x: float | None) -> str:
         return "–"
     size = abs(x)
     if size and (size < 5e-4 or size >= 1e7):
-        return f"{x:.1e}"
-    if float(x).is_integer() or size >= 1000:
-        return f"{x:,.0f}"
-    return f"{x:.{1 if size >= 100 else 2 if size >= 1 else 3}f}"
+        text = f"{x:.1e}"
+    elif float(x).is_integer() or size >= 1000:
+        text = f"{x + 0.0:,.0f}"  # of -0 that is 0
+    else:
+        text = f"{x:.{1 if size >= 100 else 2 if size >= 1 else 3}f}"
+    return text.replace("-", "−")
 
 
 def signed(x: float) -> str:
-    """A difference to three places, with a sign."""
-    return f"{x:+.3f}".replace("-", "−")
+    """A difference to three places, with a sign; one that rounds to nothing has none."""
+    text = f"{x:+.3f}".replace("-", "−")
+    return "0.000" if text in ("+0.000", "−0.000") else text
 
 
-def cell(found: Tree | None) -> str:
-    """A cell of the statistics: mean with its interval, or with the range of fewer than 3 runs."""
+def cell(found: Tree | None, least: float = -math.inf) -> str:
+    """A cell of the statistics: mean with its interval, or with the range of fewer than 3 runs.
+
+    The interval is cut at ``least``, below which the quantity cannot lie.
+    """
     if not found:
         return "–"
     mean, inside = number(found["mean"]), found.get("interval")
     if inside:
-        return f"{mean} [{number(inside['low'])}, {number(inside['high'])}]"
+        return f"{mean} [{number(max(least, inside['low']))}, {number(inside['high'])}]"
     if found["n"] == 1:
         return mean
-    return f"{mean} ({number(found['min'])}–{number(found['max'])})"
+    return f"{mean} ({number(found['min'])}{'–' if found['min'] >= 0 else ' to '}{number(found['max'])})"
 
 
 def told(pair: Tree) -> bool:
@@ -75,15 +94,23 @@ def outside(pair: Tree) -> bool:
     return pair["interval"] is not None and not pair["interval"][0] <= 0 <= pair["interval"][1]
 
 
+def untested(pair: Tree) -> str:
+    """Why two arms, or two values, have no test: too few seeds, or seeds that do not differ."""
+    seeds = pair["n"] if isinstance(pair["n"], int) else min(pair["n"])
+    return "too few seeds to test" if seeds < FEWEST else "not tested (their seeds do not differ)"
+
+
 def difference(pair: Tree) -> str:
     """Two arms, or two values of a factor, in numbers: the second less the first."""
     text = signed(pair["difference"])
     if pair["interval"]:
         low, high = pair["interval"]
         text += f" [{signed(low)}, {signed(high)}]"
-    if "cells" in pair:
-        text += f", in {pair['cells']} of {pair['of']} combinations"
     else:
+        text += f", {untested(pair)}"
+    if "cells" in pair:
+        text += f", in {pair['cells']} of {many(pair['of'], 'combination')}"
+    elif "improvement" in pair:
         text += f", probability of improvement {number(pair['improvement'])}"
         if inside := pair["improvement_interval"]:
             text += f" [{number(inside[0])}, {number(inside[1])}]"
@@ -94,7 +121,13 @@ def difference(pair: Tree) -> str:
 
 def nats(x: float) -> str:
     """A KL to be read."""
-    return f"{x:g} nat{'s' if x != 1 else ''}"
+    text = f"{x:g}" if len(f"{x:g}") < 5 else number(x)
+    return f"{text} nat{'s' if text != '1' else ''}"
+
+
+def many(n: int, noun: str) -> str:
+    """A number of things."""
+    return f"{n} {noun}{'s' if n != 1 else ''}"
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:

@@ -1,0 +1,110 @@
+"""At what label budget one family of arms overtakes another, by gold at the end of training."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+from rlkl.grid import statements
+from rlkl.grid.cells import coordinates
+from rlkl.report.load import Data
+from rlkl.report.tally import ends, none, pair, share
+from rlkl.report.words import Answer, Tree, cell, difference, listed, nats, told, untested
+from rlkl.statistics import pairwise
+
+BUDGETS = ("budget", "budgets", "labels", "queries", "label_budget", "max_queries")
+"""Last parts of axes that are label budgets."""
+Family = Mapping[float, str]
+"""Budget -> arm."""
+
+
+def answers(data: Data) -> Iterator[Answer]:
+    """Every two families that have two or more budgets in common."""
+    families: dict[str, dict[float, str]] = {}
+    for arm in data.arms:
+        values = coordinates(arm)
+        axis = next((key for key in values if key.rpartition(".")[2] in BUDGETS), None)
+        if axis is None:
+            continue
+        try:
+            budget = float(values.pop(axis))
+        except ValueError:
+            continue
+        name = ",".join([values.pop("arm"), *(f"{k}={v}" for k, v in values.items())])
+        families.setdefault(name, {})[budget] = arm
+    for one, other in itertools.combinations(families, 2):
+        shared = sorted(set(families[one]) & set(families[other]))
+        if len(shared) > 1:
+            yield _overtaking(data, (one, families[one]), (other, families[other]), shared)
+
+
+def _overtaking(data: Data, a: tuple[str, Family], b: tuple[str, Family], budgets: Sequence[float]) -> Answer:
+    """Who leads at which budget: what so many labels have bought when training ends, whatever ``match_kl`` is."""
+    (one, left), (other, right) = a, b
+    golds = {arm: ends(data, arm, "gold") for family in (left, right) for arm in family.values()}
+    both = [x for x in budgets if golds[left[x]] and golds[right[x]]]
+    pairs = dict(zip(both, pairwise.corrected([_pair(golds, left[x], right[x]) for x in both]), strict=True))
+    points = [
+        f"{x:,.0f} labels: {one} {_side(data, left[x])}, {other} {_side(data, right[x])}; {_lead(one, other, pair_)}"
+        for x, pair_ in pairs.items()
+    ]
+    void = [family[x] for x in budgets if x not in both for family in (left, right) if not golds[family[x]]]
+    place = f" {data.gold[0].upper()}{data.gold[1:]} is read at the end of training"
+    place += ", not at match_kl." if data.summary.get("match_kl") else "."
+    same = "".join(_unbound(data, name, family) for name, family in (a, b))
+    text = _head(one, other, pairs) + place + same + none(data, void, "finished")
+    details = [f"{x:,.0f} labels, {other} against {one}: {difference(pair_)}" for x, pair_ in pairs.items()]
+    question = f"At what label budget does one of {one} and {other} overtake the other?"
+    return Answer(question, text, tuple(details), tuple(points))
+
+
+def _pair(golds: Mapping[str, Mapping[int, float]], a: str, b: str) -> Tree:
+    """Two arms at one budget, with the probability that a run of the second has more."""
+    one, other = golds[a], golds[b]
+    first, second = list(one.values()), list(other.values())
+    return {
+        **pair(a, b, one, other),
+        "improvement": pairwise.improvement(first, second),
+        "improvement_interval": pairwise.improvement_interval(first, second),
+    }
+
+
+def _head(one: str, other: str, pairs: Mapping[float, Tree]) -> str:
+    """Whether and where one overtakes the other."""
+    if not any(pair_["interval"] for pair_ in pairs.values()):
+        whys = listed(list(dict.fromkeys(map(untested, pairs.values())))) if pairs else "no budget has two results"
+        return f"Nothing is shown about other seeds: {whys}."
+    leads = {x: other if pair_["difference"] > 0 else one for x, pair_ in pairs.items() if told(pair_)}
+    turns = [(x, y) for x, y in itertools.pairwise(leads) if leads[x] != leads[y]]
+    if turns:
+        x, y = turns[-1]
+        return f"{leads[y]} overtakes {leads[x]} between {x:,.0f} and {y:,.0f} labels."
+    if not leads:
+        return "At no budget can a difference be told."
+    where = listed([f"{x:,.0f}" for x in leads], most=len(leads))
+    return f"No overtaking is shown: {next(iter(leads.values()))} leads at {where} labels."
+
+
+def _lead(one: str, other: str, pair_: Tree) -> str:
+    if told(pair_):
+        return f"{other if pair_['difference'] > 0 else one} leads"
+    return "no difference can be told" if pair_["interval"] else untested(pair_)
+
+
+def _side(data: Data, arm: str) -> str:
+    """Gold and KL of an arm at the end."""
+    golds, kls = ends(data, arm, "gold"), ends(data, arm, "kl")
+    found = cell(statements.cell(list(golds.values())))
+    return f"{found}{share(data, arm, len(golds))} at {nats(sum(kls.values()) / len(kls))}"
+
+
+def _unbound(data: Data, name: str, family: Family) -> str:
+    """A warning where budgets of a family end in the very same runs: a cap that nothing reaches compares nothing."""
+    groups: dict[str, list[float]] = {}
+    for x, arm in sorted(family.items()):
+        if ends(data, arm, "gold"):
+            groups.setdefault(repr([ends(data, arm, key) for key in ("gold", "kl")]), []).append(x)
+    alike = [[f"{x:,.0f}" for x in group] for group in groups.values() if len(group) > 1]
+    return "".join(
+        f" Warning: {name} ends with the very same {data.gold} and KL at {listed(group)} labels: these budgets do not "
+        "bind."
+        for group in alike
+    )
