@@ -2,14 +2,18 @@
 
 import json
 import os
+import random
+import re
 from pathlib import Path
 
+import pytest
 import yaml
 from conftest import write_jsonl
 from reports import BASE, compared, write
 
 from rlkl.grid import compare, plan
-from rlkl.report import build
+from rlkl.report import build, facets
+from rlkl.report.figures import kept
 from rlkl.report.load import load
 from rlkl.tracking import read_rows
 
@@ -92,3 +96,92 @@ def test_budgets_that_all_have_are_said_of_all(tmp_path):
     text["budgets"]["steps"] = 19
     Path(made[1] / "compare.yaml").write_text(yaml.safe_dump(text))
     assert load(made).summary["budgets"] == {}
+
+
+def thirty(folder: Path, arms: int, seeds: int, evaluations: int) -> Path:
+    """A comparison whose runs have as many evaluations, of gold and a proxy, and samples that fill their room."""
+    proxy = {"type": "function", "path": "rlkl.tasks.facts:gold"}
+    rewards = {"gold": {"weight": 0}, "proxy": proxy}
+    changes = {f"arm{k}": {"optimiser": {"learning_rate": 1e-3 * (k + 1)}, "rewards": rewards} for k in range(arms)}
+    made = compared(folder, changes, range(seeds), steady)
+    for run in made.glob("*,seed=*"):
+        draw = random.Random(run.name)
+        one = next(iter(read_rows(run / "metrics.jsonl")))
+        each = list(read_rows(run / "evaluations.jsonl"))[-1]
+        rows = [
+            {**one, "step": k, "kl/sequence": 4 * k / evaluations + draw.random() / 9, "reward/labels": 64.0 * k}
+            for k in range(evaluations)
+        ]
+        noisy = (
+            "reward/eval/gold",
+            "reward/eval/proxy",
+            "policy/eval/entropy",
+            "policy/eval/distinct_2",
+            "policy/eval/self_bleu",
+            "policy/eval/length",
+        )
+        rows = [
+            row | {name: draw.random() for name in noisy} | {"tokens/generated": 4096.0 * row["step"]} for row in rows
+        ]
+        write_jsonl(run / "metrics.jsonl", rows)
+        write_jsonl(run / "evaluations.jsonl", [{**each, "step": row["step"]} for row in rows])
+        samples = list(read_rows(run / "samples.jsonl"))
+        for row in samples:
+            row["tokens"] = {name: values * 30 for name, values in row["tokens"].items()}
+        write_jsonl(
+            run / "samples.jsonl", [{**row, "prompt": f"{row['prompt']} {k}"} for row in samples for k in range(15)]
+        )
+    return made
+
+
+@pytest.mark.parametrize(("arms", "seeds"), [(10, 3), (30, 1)])
+def test_thirty_runs_of_a_thousand_evaluations_stay_below_two_megabytes(tmp_path, arms, seeds):
+    folder = thirty(tmp_path, arms, seeds, 1000)
+    page = build.report([folder], tmp_path / "page.html")
+    assert page.stat().st_size < 2_000_000
+    said = page.read_text(encoding="utf-8")
+    assert said.count("against KL</figcaption>") == 2 and "more prompts left out" in said
+    assert ("left out here" in said) == (arms == 30)
+
+
+def test_a_line_keeps_its_ends_and_its_extremes():
+    xs, ys = range(1000), [0.0] * 1000
+    ys[0], ys[313], ys[700], ys[999] = 5.0, 9.0, -9.0, 4.0
+    some, values = kept(xs, ys, 200)
+    assert 100 < len(some) <= 200 and list(some) == sorted(some)
+    assert {(0, 5.0), (313, 9.0), (700, -9.0), (999, 4.0)} <= set(zip(some.tolist(), values.tolist(), strict=True))
+    assert [list(one) for one in kept([1, 2], [3, 4], 200)] == [[1, 2], [3, 4]]
+
+
+GRID = {
+    "bundles": {
+        "source": {"score": {}, "more": {"optimiser.weight_decay": 0.1}, "most": {"optimiser.weight_decay": 0.2}}
+    },
+    "axes": {"kl.beta": [0.05, 0.2]},
+}
+
+
+def test_many_arms_are_drawn_in_panels_of_one_factor_with_bands(tmp_path):
+    folder = compared(tmp_path, TWO, [0, 1, 2], steady, **GRID)
+    text = build.report([folder], tmp_path / "page.html").read_text(encoding="utf-8")
+    titles = re.findall(r"<figcaption>(.*?)</figcaption>", text)
+    assert titles[:3] == [f"Gold against KL, source {x}" for x in ("score", "more", "most")]
+    frontier = text.split('<section id="frontier">')[1].split("</section>")[0]
+    assert "a panel for each source, a colour for each arm, a dash for each beta" in frontier
+    assert frontier.count("fill-opacity: 0.14") == 12  # a band an arm
+    arms = plan.make(folder / "compare.yaml").arms
+    looks = facets.looks({arm: runs[0].of for arm, runs in arms.items()}, "source")
+    assert [
+        (looks[f"{arm},source=most,beta={beta}"].colour, looks[f"{arm},source=most,beta={beta}"].dash)
+        for arm in TWO
+        for beta in (0.05, 0.2)
+    ] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_panels_are_made_only_where_they_help():
+    assert facets.factor([f"a,beta={k}" for k in range(8)]) is None
+    assert facets.factor([f"arm{k}" for k in range(12)]) is None
+    grid = [f"{arm},source={x},beta={b}" for arm in "abcd" for x in ("s", "m", "l") for b in (1, 2)]
+    assert facets.factor(grid) == "arm"
+    assert facets.factor([name for name in grid if name[0] in "abc"]) == "source"
+    assert facets.panels(["a,x=1", "b,x=2", "c,x=1"], "x") == {"x 1": ["a,x=1", "c,x=1"], "x 2": ["b,x=2"]}

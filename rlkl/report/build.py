@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 import rlkl
 from rlkl import settings
 from rlkl.grid import fair, plan
-from rlkl.report import figures, svg
+from rlkl.report import facets, figures, svg
 from rlkl.report.answers import answers
 from rlkl.report.figures import Figure
 from rlkl.report.load import Data, load
@@ -82,7 +82,8 @@ def page(data: Data, folders: Sequence[str]) -> str:
 
 def context(data: Data, folders: Sequence[str]) -> dict[str, Any]:
     """What the template names."""
-    styles = svg.styles({arm: runs[0].of for arm, runs in data.plan.arms.items()})
+    by = facets.factor(data.arms)
+    styles = facets.looks({arm: runs[0].of for arm, runs in data.plan.arms.items()}, by)
     seeds = sorted({member.seed for member in data.members})
     return {
         "version": rlkl.__version__,
@@ -94,6 +95,7 @@ def context(data: Data, folders: Sequence[str]) -> dict[str, Any]:
         "seeds": seeds,
         "answers": answers(data),
         "coverage": _coverage(data),
+        "panels": facets.said(data.arms, by),
         "frontier": _frontier(data, styles),
         "curves": _curves(data, styles),
         "over": _over(data, styles),
@@ -125,13 +127,19 @@ def _json(value: Any) -> Markup:
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
-def _frontier(data: Data, styles: dict[str, svg.Style]) -> list[Figure]:
+def _frontier(data: Data, styles: dict[str, svg.Style]) -> list[list[Figure]]:
     made = [figures.frontier(data, styles, "gold", figures.called(data))]
-    made.append(figures.frontier(data, styles, "proxy", "proxy (what is trained on)"))
+    return _rows([*made, figures.frontier(data, styles, "proxy", "proxy (what is trained on)")])
+
+
+def _rows(made: Sequence[list[Figure]]) -> list[list[Figure]]:
+    """Figures of one panel in a row, small multiples in rows of their own."""
+    if all(len(one) < 2 for one in made):
+        made = [[figure for one in made for figure in one]]
     return [one for one in made if one]
 
 
-def _curves(data: Data, styles: dict[str, svg.Style]) -> list[Figure]:
+def _curves(data: Data, styles: dict[str, svg.Style]) -> list[list[Figure]]:
     gold = figures.called(data)
     wanted = [
         ("step", "step", "gold", gold, "gold by step"),
@@ -145,7 +153,7 @@ def _curves(data: Data, styles: dict[str, svg.Style]) -> list[Figure]:
         figures.curve(data, styles, f"curve{k}", (x, xlabel), key, label, f"{title[0].upper()}{title[1:]}")
         for k, (x, xlabel, key, label, title) in enumerate(used)
     ]
-    return [one for one in made if one]
+    return _rows(made)
 
 
 def _over(data: Data, styles: dict[str, svg.Style]) -> list[Figure]:
@@ -153,12 +161,12 @@ def _over(data: Data, styles: dict[str, svg.Style]) -> list[Figure]:
     return [one for one in made if one][:MOST_PANELS]
 
 
-def _collapse(data: Data, styles: dict[str, svg.Style]) -> list[Figure]:
+def _collapse(data: Data, styles: dict[str, svg.Style]) -> list[list[Figure]]:
     made = []
     for key, (title, unit) in COLLAPSE.items():
         name = key.rpartition("/")[2]
         made.append(figures.curve(data, styles, name, ("step", "step"), key, f"{title}, {unit}", f"{title} by step"))
-    return [one for one in made if one]
+    return _rows(made)
 
 
 def _coverage(data: Data) -> dict[str, Any] | None:

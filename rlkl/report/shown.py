@@ -5,24 +5,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from markupsafe import escape
+
 from rlkl.report.load import Data, Member
 from rlkl.report.words import number
 
 Row = Mapping[str, Any]
 ROOM = 700_000
-"""Characters that the numbers of tokens may take of the page; prompts beyond are left out, and that is said."""
+"""Bytes that tokens and their numbers may take of the page; prompts beyond are left out, and that is said."""
 NAMES = {"kl": "KL, nats", "advantage": "advantage", "logp": "log p", "ref_logp": "log p of the reference"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A completion: whose it is, its tokens' texts, how it ended, its totals, and the place of its numbers."""
+    """A completion: whose it is, its tokens' texts, how it ended, its totals, and the place of its numbers.
+
+    ``cut`` counts the tokens that are left out at its end.
+    """
 
     who: str
     pieces: list[str]
     end: str
     totals: list[tuple[str, str]]
     index: int
+    cut: int = 0
 
 
 @dataclass
@@ -58,22 +64,31 @@ class Shown:
 
 
 def shown(data: Data) -> Shown:
-    """The samples of all finished runs, seed by seed, within :data:`ROOM`."""
+    """The samples of all finished runs, seed by seed, within :data:`ROOM`; the first prompt is cut to fit."""
     found, used = Shown(), 0
     for seed, prompt, rows in _prompts(data):
-        cells: list[Cell] = []
-        numbers: list[dict[str, list[float]]] = []
-        for who, row in rows:
-            cells.append(_cell(who, row, len(found.numbers) + len(numbers)))
-            numbers.append(_numbers(row))
-        size = len(json.dumps(numbers)) + sum(30 * len(cell.pieces) for cell in cells)
-        if found.prompts and used + size > ROOM:
+        cells, numbers, size = _side(rows, len(found.numbers))
+        if not found.prompts and size > ROOM:
+            most = max(len(cell.pieces) for cell in cells) * ROOM // size
+            cells, numbers, size = _side(rows, len(found.numbers), most)
+        elif used + size > ROOM:
             found.left_out += 1
             continue
         used += size
         found.prompts.append((seed, prompt, cells))
         found.numbers += numbers
     return found
+
+
+def _side(
+    rows: Sequence[tuple[str, Row]], index: int, most: int | None = None
+) -> tuple[list[Cell], list[dict[str, list[float]]], int]:
+    """Completions of a prompt with their numbers, ``most`` tokens of each, and the bytes that they take of the page."""
+    cells = [_cell(who, row, index + k, most) for k, (who, row) in enumerate(rows)]
+    numbers = [_numbers(row, most) for _, row in rows]
+    size = len(json.dumps(numbers, separators=(",", ":")))
+    size += sum(15 + len(str(escape(piece)).encode()) for cell in cells for piece in cell.pieces)
+    return cells, numbers, size
 
 
 def _prompts(data: Data) -> Iterator[tuple[int, str, list[tuple[str, Row]]]]:
@@ -101,15 +116,15 @@ def _ends(member: Member) -> tuple[dict[str, Row], dict[str, Row]]:
     return dict(first), dict(last) if steps[0] != steps[-1] else {}
 
 
-def _cell(who: str, row: Row, index: int) -> Cell:
+def _cell(who: str, row: Row, index: int, most: int | None = None) -> Cell:
     totals = [("KL", f"{number(row['kl'])} nats")]
     totals += [(key.removeprefix("reward/"), number(x)) for key, x in row.items() if key.startswith("reward/")]
     pieces = (row.get("tokens") or {}).get("text") or [row["completion"]]
-    return Cell(who, pieces, row["end"], totals, index)
+    return Cell(who, pieces[:most], row["end"], totals, index, len(pieces) - len(pieces[:most]))
 
 
-def _numbers(row: Row) -> dict[str, list[float]]:
-    return {key: _short(xs) for key, xs in (row.get("tokens") or {}).items() if key != "text"}
+def _numbers(row: Row, most: int | None = None) -> dict[str, list[float]]:
+    return {key: _short(xs[:most]) for key, xs in (row.get("tokens") or {}).items() if key != "text"}
 
 
 def _short(xs: Sequence[float]) -> list[float]:
