@@ -134,10 +134,10 @@ def test_where_one_arm_overtakes_another_is_found_between_two_budgets(tmp_path):
     said = answer(folder, "At what label budget does one of low and high overtake the other?")
     assert said.answer == (
         "high overtakes low between 200 and 300 labels. Gold is read at the end of training."
-        " Warning: low ends with the very same gold and KL at 100 and 200 labels: these budgets do not bind."
-        " Warning: low ends with the very same gold and KL at 300 and 400 labels: these budgets do not bind."
-        " Warning: high ends with the very same gold and KL at 100 and 200 labels: these budgets do not bind."
-        " Warning: high ends with the very same gold and KL at 300 and 400 labels: these budgets do not bind."
+        " Warning: low ends with the very same gold and KL at 100 and 200, at 300 and 400 labels: "
+        "these budgets do not bind."
+        " Warning: high ends with the very same gold and KL at 100 and 200, at 300 and 400 labels: "
+        "these budgets do not bind."
     )
     assert said.points[0].startswith(
         "100 labels: low 0.700 [0.695, 0.705] at 4 nats, high 0.500 [0.495, 0.505] at 4 nats"
@@ -221,7 +221,7 @@ def test_gold_that_falls_under_a_rising_proxy_is_reported(tmp_path):
     assert said.points[0].startswith(
         "high: gold falls by 0.212 [0.182, 0.242] from its best evaluation (at 2 nats) to the end, the proxy rises by 4"
     )
-    assert said.points[0].endswith(": shown")
+    assert said.points[0].endswith("; both in 3 of 3 runs, shown")
     assert said.points[1].startswith("low: none, every run ends where the others of its arm are best")
     page = report([folder], tmp_path / "page.html").read_text(encoding="utf-8")
     assert re.search(r"quadratic fit of gold peaks at 1\.\d+ nats", page.replace("\n", " "))
@@ -261,6 +261,27 @@ def test_arms_of_which_runs_diverged_are_ranked_with_their_count(tmp_path):
     assert said.points[2] == "gone: no result (4 diverged)"
 
 
+def test_one_lucky_run_that_gets_there_does_not_hide_what_is_shown(tmp_path):
+    folder = compared(tmp_path, {**TWO, "lucky": {"optimiser": {"learning_rate": 0.5}}}, [0, 1, 2], steady)
+    for seed in (0, 1):
+        stretch(folder, f"lucky,seed={seed}", 0.2)
+    rewrite(folder, "lucky,seed=2", lambda row: {**row, "reward/eval/gold": 0.9})
+    said = answer(folder, "Which arm gets the most gold at 1 nat?")
+    assert said.answer.startswith(
+        "lucky has the highest mean, 0.900, in 1 of 3 runs; nothing is shown about other seeds"
+    )
+    assert (
+        " Of the 2 arms with 3 runs or more there: high, with 0.500 [0.475, 0.525]: shown to be above low"
+        in said.answer
+    )
+
+
+def test_a_matched_kl_that_no_run_gets_to_is_named(tmp_path):
+    folder = compared(tmp_path, TWO, [0, 1, 2], steady, match_kl=4.5)
+    said = answer(folder, "Which arm gets the most gold at 4.5 and 5 nats?").answer
+    assert said == "No run gets there; the furthest is one of low, at 4 nats."
+
+
 def test_arms_that_are_equal_are_said_to_be(tmp_path):
     said = answer(
         compared(tmp_path, TWO, [0, 1, 2], lambda arm, seed, kl: 0.0), "Which arm gets the most gold at 1 nat?"
@@ -288,7 +309,10 @@ def test_many_arms_are_a_list_and_the_sentence_stays_short(tmp_path):
 
     said = answer(compared(tmp_path, arms, [0, 1, 2], law), "Which arm gets the most gold at 2 nats?")
     assert [point.partition(":")[0] for point in said.points] == [f"a{k:02}" for k in reversed(range(18))]
-    assert len(said.answer) < 400 and said.details[-1] == "p-values are corrected for all 153 pairs of arms."
+    assert (
+        len(said.answer) < 400
+        and said.details[-1] == "p-values are corrected for all 153 pairs of arms that are tested."
+    )
 
 
 def test_values_of_a_factor_that_share_no_combination_are_named(tmp_path):

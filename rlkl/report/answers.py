@@ -22,6 +22,7 @@ from rlkl.report.words import (
     untested,
     versus,
 )
+from rlkl.statistics.intervals import FEWEST
 
 NATS = (1.0, 2.0, 5.0)
 NAMES = {"beta": "β"}
@@ -40,7 +41,8 @@ def _most_gold(data: Data) -> Iterator[Answer]:
     if len(data.arms) < 2:
         return
     never = []
-    for kl in sorted({*NATS, *places}):
+    match = data.summary.get("match_kl")
+    for kl in sorted({*NATS, *places, *([match] if match else [])}):
         found = {arm: c for arm, c in places.get(kl, {"arms": {}})["arms"].items() if c}
         if found:
             question = f"Which arm gets the most {data.gold} at {nats(kl)}?"
@@ -52,7 +54,7 @@ def _most_gold(data: Data) -> Iterator[Answer]:
         text = f"No run gets there; the furthest is one of {far['arm']}, at {nats(_furthest(far))}."
         yield Answer(f"Which arm gets the most {data.gold} at {listed(never)} nat{'s' * (never != ['1'])}?", text)
     ends = {arm: row["gold"] for arm, row in data.summary["arms"].items() if row.get("gold")}
-    if ends and not data.summary.get("match_kl"):
+    if ends and not match:
         last = " Arms end at different KL, so this compares whole recipes, not objectives."
         question = f"Which arm has the most {data.gold} at the end of training?"
         yield _ranking(data, question, ends, data.summary["pairs"], "has finished", last)
@@ -66,22 +68,36 @@ def _ranking(
     missing = [arm for arm in data.arms if arm not in cells]
     points = [f"{arm}: {cell(cells[arm])}{share(data, arm, cells[arm]['n'])}" for arm in order]
     points += [f"{arm}: no {f'run {done}' if data.of(arm) else f'result ({lost(data, arm)})'}" for arm in missing]
-    best = order[0]
-    against = {arm: pair for arm in order[1:] if (pair := versus(pairs, arm, best))}
-    details = [f"{best} against {arm}: {difference(pair)}" for arm, pair in against.items()]
-    if details and len(pairs) > 1:
-        details.append(f"p-values are corrected for all {len(pairs)} pairs of arms.")
-    text = _verdict(order, cells, against, f"{cell(cells[best])}{share(data, best, cells[best]['n'])}", done)
+    text, details = _verdict(data, order, cells, pairs, done)
+    enough = [arm for arm in order if cells[arm]["n"] >= FEWEST]
+    if cells[order[0]]["n"] < FEWEST and len(enough) > 1:
+        more, rest = _verdict(data, enough, cells, pairs, done)
+        more = f"n{more[1:]}" if more.startswith("No difference") else more
+        text += f" Of the {len(enough)} arms with {FEWEST} runs or more there: {more}"
+        details += rest
+    if (tests := sum(pair["p"] is not None for pair in pairs)) > 1:
+        details.append(f"p-values are corrected for all {tests} pairs of arms that are tested.")
     gone = [f"{arm} ({lost(data, arm)})" for arm in order[1:] if lost(data, arm)]
     text += f" Runs without a result count in no mean: of {listed(gone)}." if gone else ""
     return Answer(question, text + none(data, missing, done) + last, tuple(details), tuple(points))
 
 
-def _verdict(order: Sequence[str], cells: Mapping[str, Tree], against: Mapping[str, Tree], top: str, done: str) -> str:
-    """The best arm, and which others are shown to be below it."""
-    best, mean = order[0], cells[order[0]]["mean"]
+def _verdict(
+    data: Data, order: Sequence[str], cells: Mapping[str, Tree], pairs: Sequence[Tree], done: str
+) -> tuple[str, list[str]]:
+    """The best arm and which others are shown to be below it, and the differences."""
+    best = order[0]
+    top = f"{cell(cells[best])}{share(data, best, cells[best]['n'])}"
     if len(order) == 1:
-        return f"Only {best} {done}, with {top}."
+        return f"Only {best} {done}, with {top}.", []
+    against = {arm: pair for arm in order[1:] if (pair := versus(pairs, arm, best))}
+    details = [f"{best} against {arm}: {difference(pair)}" for arm, pair in against.items()]
+    return _told(order, cells, against, top), details
+
+
+def _told(order: Sequence[str], cells: Mapping[str, Tree], against: Mapping[str, Tree], top: str) -> str:
+    """Which arms are shown to be below the best, which has ``top``."""
+    best, mean = order[0], cells[order[0]]["mean"]
     level = [arm for arm in order[1:] if math.isclose(cells[arm]["mean"], mean, rel_tol=1e-9, abs_tol=1e-12)]
     if len(level) == len(order) - 1:
         return f"The arms are equal: {'all' if level[1:] else 'both'} have a mean of {number(mean)}."

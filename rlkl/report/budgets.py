@@ -102,9 +102,10 @@ def _unbound(data: Data, name: str, family: Family) -> str:
     for x, arm in sorted(family.items()):
         if ends(data, arm, "gold"):
             groups.setdefault(repr([ends(data, arm, key) for key in ("gold", "kl")]), []).append(x)
-    alike = [[f"{x:,.0f}" for x in group] for group in groups.values() if len(group) > 1]
-    return "".join(
-        f" Warning: {name} ends with the very same {data.gold} and KL at {listed(group)} labels: these budgets do not "
-        "bind."
-        for group in alike
+    alike = [listed([f"{x:,.0f}" for x in group]) for group in groups.values() if len(group) > 1]
+    if not alike:
+        return ""
+    return (
+        f" Warning: {name} ends with the very same {data.gold} and KL at {', at '.join(alike)} labels: "
+        "these budgets do not bind."
     )

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from rlkl.grid import statements
 from rlkl.report.load import Data
 from rlkl.report.tally import lost, share
-from rlkl.report.words import Answer, Tree, cell, listed, nats, number, told, untested
+from rlkl.report.words import Answer, Tree, cell, listed, many, nats, number, told, untested
 from rlkl.statistics import pairwise
 
 Rows = Sequence[Mapping[str, Any]]
@@ -39,7 +39,7 @@ def answers(data: Data) -> Iterator[Answer]:
     fell = sorted((arm for arm in found if _fell(found[arm])), key=lambda arm: -tests[arm]["difference"])
     shown = [arm for arm in fell if told(tests[arm]) and _rises(found[arm])]
     rest = [arm for arm in fell if arm not in shown]
-    points = [f"{_point(data, arm, found[arm], tests[arm])}{': shown' if arm in shown else ''}" for arm in fell]
+    points = [f"{_point(data, arm, found[arm], tests[arm])}{', shown' if arm in shown else ''}" for arm in fell]
     points += [_point(data, arm, found[arm], tests[arm]) for arm in found if arm not in fell]
     text = _head(data, shown, rest, tests) + (f" Not measured: {listed(unseen)}." if unseen else "")
     yield Answer(question, text, (NOTE,), tuple(points))
@@ -85,22 +85,27 @@ def _point(data: Data, arm: str, falls: Sequence[Fall], test: Tree) -> str:
     """The fall of an arm and the rise of its proxy, with their intervals."""
     gold, proxy = (cell(statements.cell([getattr(fall, name) for fall in falls])) for name in ("gold", "proxy"))
     at = nats(sum(fall.kl for fall in falls) / len(falls))
-    seen = f"{share(data, arm, len(falls))}{'' if test['interval'] else f', {untested(test)}'}"
+    some = share(data, arm, len(falls))
     if not any(fall.gold or fall.proxy for fall in falls):
-        return f"{arm}: none, every run ends where the others of its arm are best{seen}"
+        where = "every run ends where the others of its arm are best" if len(falls) > 1 else "it ends at its best"
+        return f"{arm}: none, {where}{some}"
     text = (
         f"{arm}: {data.gold} falls by {gold} from its best evaluation (at {at}) to the end, the proxy rises by {proxy}"
     )
-    return f"{text}{seen}{'' if _fell(falls) else ': none in mean'}"
+    both = sum(fall.gold > 0 and fall.proxy > 0 for fall in falls)
+    text += f"{some}; both in {both} of {many(len(falls), 'run')}"
+    if not _fell(falls):
+        return f"{text}, not in mean"
+    return text if test["interval"] else f"{text}, {untested(test)}"
 
 
 def _head(data: Data, shown: Sequence[str], rest: Sequence[str], tests: Mapping[str, Tree]) -> str:
     """In how many arms it is shown, and in how many it is so in mean."""
     if not shown and not rest:
         return f"In no arm: none ends, in mean, with less {data.gold} than at its best evaluation and more proxy."
-    of = f"{len(shown)} of {len(tests)} arm{'s' if len(tests) > 1 else ''}"
     by = listed([f"{arm} (by {number(tests[arm]['difference'])})" for arm in shown or rest])
     if not shown:
-        n = f"{len(rest)} of {len(tests)} arm{'s' if len(tests) > 1 else ''}"
-        return f"In mean in {n}, which is not shown about other seeds: {by}."
-    return f"Shown in {of}: {by}.{f' In mean in {len(rest)} more.' if rest else ''}"
+        return f"In mean in {len(rest)} of {many(len(tests), 'arm')}, which is not shown about other seeds: {by}."
+    return (
+        f"Shown in {len(shown)} of {many(len(tests), 'arm')}: {by}.{f' In mean in {len(rest)} more.' if rest else ''}"
+    )

@@ -8,7 +8,7 @@ from rlkl.grid import statements
 from rlkl.grid.cells import coordinates
 from rlkl.report.load import Data
 from rlkl.report.tally import ends, none, pair, share
-from rlkl.report.words import Answer, Tree, cell, difference, nats, number, told, untested, versus
+from rlkl.report.words import Answer, Tree, cell, difference, many, nats, number, told, untested, versus
 from rlkl.statistics import pairwise
 from rlkl.statistics.intervals import FEWEST
 
@@ -91,7 +91,7 @@ def _less(spent: Sequence[Tree]) -> str:
     shown = sum(told(one) and one["difference"] < 0 for one in spent)
     more = sum(told(one) and one["difference"] > 0 for one in spent)
     mean = sum(not told(one) and one["difference"] < 0 for one in spent)
-    text = f"Less KL at the end: shown in {shown} of {len(spent)} case{'s' if len(spent) > 1 else ''}"
+    text = f"Less KL at the end: shown in {shown} of {many(len(spent), 'case')}"
     text += f", in mean in {mean}{' more' if shown else ''}" if mean else ""
     return f"{text}{f'; more KL is shown in {more}' if more else ''}."
 
