@@ -91,7 +91,7 @@ def reward_model(
 
     from rlkl.reward_model import build
 
-    Console(highlight=False).print(build.table(build.train(config, overrides or [], overwrite=overwrite)))
+    Console(highlight=False, emoji=False).print(build.table(build.train(config, overrides or [], overwrite=overwrite)))
 
 
 @app.command()
@@ -148,7 +148,7 @@ def search(
     rows = room.search(config, overrides or [], prompts=prompts, samples=samples, best=best)
     if output:
         write(Path(output), jsonl(rows), overwrite)
-    Console(highlight=False).print(room.table(rows))
+    Console(highlight=False, emoji=False).print(room.table(rows))
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Pictures of one run, and of several side by side."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def curves(folder: Path) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     path = folder / "curves.png"
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
     plt.close(figure)
     return path
 
@@ -92,7 +93,7 @@ def frontier(
     for axis in right:
         axis.set(xlabel="labels asked for in training", xlim=(0, None))
     figure.suptitle("A line a run, a point an evaluation; the large one is the last", fontsize=10)
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
     plt.close(figure)
     return path
 
@@ -117,9 +118,16 @@ def cosines(path: Path, found: Mapping[str, Any]) -> Path:
         axis.set_xticklabels(arms, rotation=30, ha="right")
         axis.set_yticklabels(arms if axis is axes[0] else [])
     figure.colorbar(image, ax=axes, shrink=0.8)
-    figure.savefig(path)
+    _save(figure, path)
     plt.close(figure)
     return path
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Write a picture whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    figure.savefig(part, format=path.suffix.removeprefix("."), dpi=150)
+    os.replace(part, path)
 
 
 def _runs(axis: Any, arms: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], key: str) -> None:

@@ -69,6 +69,6 @@ def _bar(total: int) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[shown]}"),
     )
-    progress = Progress(*columns, console=Console(file=sys.stdout))
+    progress = Progress(*columns, console=Console(file=sys.stdout, emoji=False))
     progress.add_task("", total=total, shown="")
     return progress

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from conftest import RECORDS, Tree, metrics, write_jsonl
 import rlkl
 from rlkl import recording, settings
 from rlkl.cli import main
+from rlkl.grid import results
 
 SCORES = """
 import os
@@ -314,6 +316,64 @@ def test_the_kept_configuration_is_the_same_comparison(trio, monkeypatch):
     code, out, err = said("runs/trio/compare.yaml", "--dry-run")
     assert code == 0, err
     assert "6 kept, 0 to do" in out
+
+
+def test_files_of_a_finished_run_that_cannot_be_read_fail_that_run_alone(trio, monkeypatch):
+    """metrics.jsonl emptied, gone or without a step; the others cut in a line or at its end: a page for the rest."""
+    monkeypatch.chdir(trio.root)
+    folder = Path("runs/trio/ppo,seed=1")
+    harms = [
+        ("metrics.jsonl", lambda text: b"", "holds no evaluation"),
+        ("metrics.jsonl", lambda text: None, "is missing"),
+        ("metrics.jsonl", lambda text: text[:9] + text[30:], "cannot be read: line 1 is no row"),
+        ("evaluations.jsonl", lambda text: text[:-20], "cannot be read: line 3 is no row"),
+        ("evaluations.jsonl", lambda text: text[: text.index(b"\n") + 1], "lacks evaluations that metrics.jsonl has"),
+        ("samples.jsonl", lambda text: b"{" + text, "cannot be read: line 1 is no row"),
+    ]
+    for k, (name, harm, what) in enumerate(harms):
+        whole = (folder / name).read_bytes()
+        if (left := harm(whole)) is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(left)
+        told = f"{folder / name} {what}; bring it back, or delete {folder} and compare again to redo the run"
+        assert results.damage(folder) == told
+        if k in (0, 3):
+            code, out, err = said("trio.yaml")
+            assert (code, err) == (1, "rlkl: 1 of 6 runs failed; 1 of them had finished, and is kept\n")
+            assert f"ppo,seed=1: FAILED: {told}" in out.splitlines()
+            summary = json.loads((trio.folder / "summary.json").read_text())
+            assert [arm["finished"] for arm in summary["arms"].values()] == [2, 1, 2]
+            assert told in (trio.folder / "report.html").read_text()
+        (folder / name).write_bytes(whole)
+    assert said("trio.yaml")[0] == 0
+
+
+def test_a_page_made_again_leaves_out_a_run_that_lost_its_rows_since(trio, monkeypatch):
+    monkeypatch.chdir(trio.root)
+    path = Path("runs/trio/ppo,seed=1/metrics.jsonl")
+    whole = path.read_bytes()
+    path.unlink()
+    try:
+        assert main(["report", "runs/trio", "-o", "again.html"]) == 0
+        assert "metrics.jsonl is missing" in Path("again.html").read_text()
+    finally:
+        path.write_bytes(whole)
+
+
+def test_files_are_replaced_as_a_whole(trio, monkeypatch):
+    """Each by a rename of one that was written beside it."""
+    monkeypatch.chdir(trio.root)
+    replaced, real = set(), os.replace
+
+    def replace(part: Any, path: Any) -> None:
+        replaced.add(Path(path).name)
+        real(part, path)
+
+    monkeypatch.setattr(os, "replace", replace)
+    assert said("trio.yaml")[0] == 0
+    assert {*WRITTEN, "compare.yaml", "report.html", "dashboards.json"} <= replaced
+    assert not [path for path in trio.folder.iterdir() if path.name.startswith(".")]
 
 
 @shows("match_kl")

@@ -93,6 +93,10 @@ def test_it_is_kept_until_what_it_depends_on_changes(tree: Tree, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(listed, "build", lambda config: pytest.fail("made anew"))
         assert listed.exact_points(made) == json.loads(json.dumps(first))
+    for cut in (20, 0):
+        path = made.folder / "exact.json"
+        path.write_text(path.read_text()[:cut])  # by a full disk; made anew
+        assert listed.exact_points(made) == first == json.loads(path.read_text())
     other = plan.make(tree, ["base.kl.beta=0.2"])
     again = listed.exact_points(other)
     assert again is not None and first is not None

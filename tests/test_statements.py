@@ -22,12 +22,12 @@ GAINS = {"reinforce": 1.0, "ppo": 2.0}
 KLS = (0.0, 1.0, 4.0)
 
 
-def write(run: plan.Run, diverges: bool = False) -> None:
-    """A finished run whose gold is linear in the root of KL, and its proxy twice that."""
+def write(run: plan.Run, diverges: bool = False, until: float = KLS[-1]) -> None:
+    """A finished run whose gold is linear in the root of KL up to a KL, and its proxy twice that."""
     run.folder.mkdir(parents=True)
     gain, seed = GAINS[run.of], run.config.seed
     lines, evaluations = [], []
-    for step, kl in enumerate(KLS):
+    for step, kl in enumerate((*KLS[:-1], until)):
         gold = 0.5 + (gain + 0.01 * seed) * math.sqrt(kl)
         lines.append(
             {
@@ -184,6 +184,37 @@ def test_areas_are_shares_of_the_range_or_of_the_exact_frontier(made):
     assert summary["area"]["high"] == pytest.approx((2.5 + 4.5) / 2)  # level from its last point on
     assert summary["arms"]["ppo"]["area_share"]["mean"] == pytest.approx(2.015 / 3)
     assert summary["exact"] == exact
+
+
+def test_one_run_that_barely_moves_does_not_decide_how_far_areas_go(made):
+    """Of eight runs six get to 4 nats, one to 1, one to 9: the median is 4, the short one is level from 1 on."""
+    far = {"reinforce,seed=0": 1.0, "ppo,seed=0": 9.0}
+    for run in made.runs:
+        write(run, until=far.get(run.config.name, 4.0))
+    summary, _ = read(made)
+    assert summary["area"]["limit"] == 4
+    areas = {name: run["area"] for name, run in summary["runs"].items()}
+    assert areas["reinforce,seed=0"] == pytest.approx(((0.5 + 1.5) / 2 * 1 + 1.5 * 1) / 2)
+    assert areas["ppo,seed=0"] == pytest.approx(0.5 + 2)
+    assert summary["arms"]["reinforce"]["area"]["n"] == summary["arms"]["reinforce"]["area_share"]["n"] == 4
+    exact = [{"beta": None, "kl": 0.0, "gold": 0.5}, {"beta": 1.0, "kl": 16.0, "gold": 4.5}]
+    summary, _ = read(made, exact=exact)
+    assert (summary["area"]["limit"], summary["area"]["high"]) == (4, pytest.approx((0.5 + 2.5) / 2))
+    assert summary["arms"]["ppo"]["area_share"]["n"] == 4
+
+
+def test_levels_of_gold_are_rounded_to_its_range(made):
+    """512.3 to 512.9 keeps three levels; a gold that does not vary has none."""
+
+    def levels(low: float, high: float) -> list[float]:
+        line = [{"kl": 0.0, "gold": low}, {"kl": 1.0, "gold": high}]
+        done = [results.Result("a", seed, "x", values={"gold": high}, frontier=line) for seed in range(3)]
+        return [row["at"] for row in statements._matched_gold({"a": done}, done)]
+
+    assert levels(512.3, 512.9) == [512.45, 512.6, 512.75]
+    assert levels(0.0, 100.0) == [25, 50, 75]
+    assert levels(-3000, 1000) == [-2000, -1000, 0]
+    assert levels(0.1, 0.1) == levels(0.0, 0.0) == levels(2.0, 1.0) == []
 
 
 def test_a_run_that_diverges_is_in_nothing_and_the_rest_is_stated(made):

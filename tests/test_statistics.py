@@ -230,7 +230,10 @@ def test_the_area_is_the_mean_height_over_the_root_of_kl():
     # Back to d = 0.5 and out again along 1 + (d - 0.5) 2/3, which counts from d = 1 on: 5/3 in the mean.
     assert frontier.area([0, 1, 0.25, 4], [0, 1, 1, 2], 4) == pytest.approx((0.5 + 5 / 3) / 2)
     assert frontier.area([1, 4], [3, 3], 2) == pytest.approx(3)
-    assert frontier.area([0, 1], [1, 1], 2) is None
+    # Level from its furthest evaluation on: 0 to 2 over 0..2, then 2 up to 3; not the last one's 7.
+    assert frontier.area([0, 4, 1], [0, 2, 7], 9) == pytest.approx((2 * 1 + 1 * 2) / 3)
+    assert frontier.area([1, 4], [3, 5], 16) == pytest.approx((1 * 3 + 1 * 4 + 2 * 5) / 4)
+    assert frontier.area([0, 0, -0.1], [1, 2, 3], 4) == 1  # it never moved
     with pytest.raises(ValueError, match="limit=0 nats; give a KL above 0"):
         frontier.area([0, 1], [1, 1], 0)
     assert frontier.share(0.75, 0.5, 1.0) == 0.5
@@ -245,12 +248,9 @@ def test_the_area_is_that_of_the_matched_rewards(line, limit):
     """The mean of the interpolated reward over even steps of the root of KL."""
     kls, rewards = [0.0] + [kl for kl, _ in line], [0.0] + [reward for _, reward in line]
     found = frontier.area(kls, rewards, limit)
-    if found is None:
-        assert frontier.at_kl(kls, rewards, limit) is None
-        return
-    steps = 2000
+    steps, level = 2000, rewards[kls.index(max(kls))]
     heights = [frontier.at_kl(kls, rewards, limit * ((k + 0.5) / steps) ** 2) for k in range(steps)]
-    assert found == pytest.approx(sum(h for h in heights if h is not None) / steps, abs=0.03)
+    assert found == pytest.approx(sum(level if h is None else h for h in heights) / steps, abs=0.03)
     assert min(rewards) - 1e-9 <= found <= max(rewards) + 1e-9
 
 

@@ -93,7 +93,7 @@ def check(
     given = dict(map(_weight, weights)) if weights else None
     lines = list(checks.statistics(records, None if tokenizer is None else _tokenizer(tokenizer), given))
     print("\n".join(lines))
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, emoji=False, soft_wrap=True)
     for text in checks.samples(records, samples, console.is_terminal):
         console.print(text)
 

@@ -1,5 +1,6 @@
 """The terminal of a comparison: a live table of its runs, or a line when a run starts, ends, and now and then."""
 
+import contextlib
 import json
 import sys
 import time
@@ -62,7 +63,8 @@ class Board:
         self.gold, self.workers = gold, workers
         for name in kept:
             self.rows[name].state = "kept"
-            self._read(self.rows[name])
+            with contextlib.suppress(ValueError):  # what is wrong with its rows is said at the end
+                self._read(self.rows[name])
         self.console = console()
         self.live = Live(console=self.console, auto_refresh=False) if sys.stdout.isatty() else None
         self.said = time.monotonic()
@@ -166,7 +168,7 @@ class Board:
 
 def console() -> Console:
     """Standard output; where it is no terminal, wide enough for a table to be read from a file."""
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 400, highlight=False)
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 400, highlight=False, emoji=False)
 
 
 def _number(value: float | None) -> str:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rlkl import RunError, settings, summary
 from rlkl.config import dump
 from rlkl.config.compare import CompareConfig
+from rlkl.data import files
 from rlkl.grid import fair, plan, workers
 from rlkl.grid.plan import Plan, Run
 
@@ -71,7 +72,10 @@ def compare(
         failed = conclude(made, errors)
         publish(made)
     if failed:
-        raise RunError(f"{failed} of {len(made.runs)} runs failed; the same command does them again")
+        over = sum(settings.finished(run.folder) for run in made.runs if run.config.name in failed)
+        again = f"; the same command does {'the others' if over else 'them'} again" if len(failed) > over else ""
+        stay = f"; {over} of them had finished, and {'is' if over == 1 else 'are'} kept" if over else ""
+        raise RunError(f"{len(failed)} of {len(made.runs)} runs failed{stay}{again}")
     return made.folder
 
 
@@ -167,8 +171,8 @@ def begun(run: Run) -> bool:
     return (run.folder / "config.yaml").is_file() and not settings.differences(run.folder, run.config)
 
 
-def conclude(made: Plan, errors: Mapping[str, str]) -> int:
-    """Table, summary.json and its kin, frontier.png and report.html of what is there. How many runs failed."""
+def conclude(made: Plan, errors: Mapping[str, str]) -> dict[str, str]:
+    """Table, summary.json and its kin, frontier.png and report.html of what is there. Runs that failed, and why."""
     from rlkl import plots
     from rlkl.grid import cost, listed, results, statements, tables
     from rlkl.grid.board import console
@@ -191,7 +195,7 @@ def conclude(made: Plan, errors: Mapping[str, str]) -> int:
     written = {"summary.json": json.dumps(summary, indent=2) + "\n", "timing.json": json.dumps(timing, indent=2) + "\n"}
     written |= {"summary.csv": tables.comma_separated(summary), "summary.md": tables.markdown(summary)}
     for name, text in written.items():
-        (made.folder / name).write_text(text, encoding="utf-8")
+        files.write(made.folder / name, text, overwrite=True)
     screen = console()
     screen.print(tables.terminal(made, summary, timing), markup=False)
     failed = {name: r.error for name, r in found.items() if r.error is not None}
@@ -207,7 +211,7 @@ def conclude(made: Plan, errors: Mapping[str, str]) -> int:
         said.append(f"page: {report([made.folder], made.folder / 'report.html')}")
     for text in [*said, f"summary: {made.folder / 'summary.json'}"]:
         screen.print(text, markup=False, soft_wrap=True)
-    return len(failed)
+    return failed
 
 
 def publish(made: Plan) -> None:
@@ -243,7 +247,7 @@ def _keep(made: Plan) -> None:
     """Make the comparison's folder, with compare.yaml."""
     made.folder.mkdir(parents=True, exist_ok=True)
     tree = yaml.safe_dump(made.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    (made.folder / "compare.yaml").write_text(tree, encoding="utf-8")
+    files.write(made.folder / "compare.yaml", tree, overwrite=True)
 
 
 def _check_folder(made: Plan, overwrite: bool) -> None:

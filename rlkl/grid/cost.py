@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 from rich.table import Table
 
@@ -25,7 +26,7 @@ def bounds(config: Config) -> dict[str, int]:
 
 def pace(run: Run) -> Pace | None:
     """How far a run is and how fast it was; None before its first step."""
-    rows = list(read_rows(run.folder / "metrics.jsonl"))
+    rows = _rows(run)
     done = rows[-1]["step"] if rows else 0
     spent = sum((row.get("time/step") or 0.0) + (row.get("time/evaluate") or 0.0) for row in rows)
     return (done, spent / done) if done else None
@@ -73,9 +74,16 @@ def table(plan: Plan, kept: Sequence[Run], workers: int) -> tuple[Table, str]:
 
 def bound(run: Run) -> str | None:
     """The cap of ``train.budget`` that ended a run; None where it came to its last step."""
-    last = list(read_rows(run.folder / "metrics.jsonl"))[-1:]
-    found = [key.removeprefix(ENDED) for row in last for key in row if key.startswith(ENDED)]
+    found = [key.removeprefix(ENDED) for row in _rows(run)[-1:] for key in row if key.startswith(ENDED)]
     return found[0] if found else None
+
+
+def _rows(run: Run) -> list[dict[str, Any]]:
+    """Its metrics.jsonl; none where that cannot be read, which is said elsewhere."""
+    try:
+        return list(read_rows(run.folder / "metrics.jsonl"))
+    except ValueError:
+        return []
 
 
 def endings(made: Plan, ended: Mapping[str, str | None]) -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlkl import exact, settings
 from rlkl.config import Config, dump
+from rlkl.data import files
 from rlkl.evaluate import chunks
 from rlkl.grid.plan import Plan
 from rlkl.lane import Lane, build
@@ -65,8 +66,8 @@ def exact_points(made: Plan) -> dict[str, Any] | None:
     wanted = sorted({(c.credit.horizon or 0, c.kl.beta) for c in (run.config for run in made.runs) if c.kl.beta > 0})
     key = _key(first, made.gold, wanted)
     path = made.folder / "exact.json"
-    if path.is_file() and (kept := json.loads(path.read_text(encoding="utf-8"))).get("key") == key:
-        return dict(kept)
+    if (kept := _kept(path)) and kept.get("key") == key:
+        return kept
     found = {"key": key, **_points(build(first), made.gold, tokens, wanted)}
     _write(path, found)
     return found
@@ -165,6 +166,15 @@ def _name(beta: float) -> str:
     return f"beta {beta!r}"
 
 
+def _kept(path: Path) -> dict[str, Any] | None:
+    """What exact.json holds; None where there is none that can be read, so that it is made anew."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return kept if isinstance(kept, dict) else None
+
+
 def _write(path: Path, found: dict[str, Any]) -> None:
     assert all(math.isfinite(point["gold"]) for point in found["frontier"])
-    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    files.write(path, json.dumps(found, indent=2) + "\n", overwrite=True)

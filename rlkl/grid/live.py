@@ -4,6 +4,7 @@ It is written once all runs are done, to those of trackio and wandb that the run
 which they are; a comparison that is done again replaces it.
 """
 
+import contextlib
 import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from pydantic import BaseModel
 
 from rlkl import dashboards
 from rlkl.config import LogConfig
+from rlkl.data import files
 from rlkl.grid.plan import Plan, Run
 from rlkl.tracking import read_rows
 
@@ -51,7 +53,7 @@ def publish(made: Plan) -> list[str]:
             sink.close()
         records[name] = sink.record
         notes.append(sink.note)
-    (made.folder / dashboards.RECORD).write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+    files.write(made.folder / dashboards.RECORD, json.dumps(records, indent=2) + "\n", overwrite=True)
     return notes
 
 
@@ -83,7 +85,9 @@ def _samples(runs: Sequence[Run]) -> Iterator[list[Any]]:
     """The last samples of every run of the first seed."""
     for run in runs:
         if run.config.seed == runs[0].config.seed:
-            rows = list(read_rows(Path(run.folder) / "samples.jsonl"))
+            rows = []
+            with contextlib.suppress(ValueError):  # damaged rows are said in the table
+                rows = list(read_rows(Path(run.folder) / "samples.jsonl"))
             for row in rows:
                 if row["step"] == rows[-1]["step"]:
                     yield [run.arm, *(row.get(name) for name in COLUMNS)]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlkl import RunError, launch, lessons, loop, settings
 from rlkl.config import Config
+from rlkl.data import files
 from rlkl.evaluate import Evaluation
 from rlkl.grid import listed
 from rlkl.grid.plan import Plan, Run
@@ -249,6 +250,6 @@ def write(folder: Path, found: Mapping[str, Any]) -> Iterator[str]:
     """replay.json and its figure; lines that name them."""
     from rlkl import plots
 
-    (folder / "replay.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    files.write(folder / "replay.json", json.dumps(found, indent=2, allow_nan=False) + "\n", overwrite=True)
     yield f"figure: {plots.cosines(folder / 'replay.svg', found)}"
     yield f"summary: {folder / 'replay.json'}"

@@ -1,5 +1,6 @@
 """What one run of a comparison came to, from its metrics.jsonl and evaluations.jsonl."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +65,12 @@ def read(
     columns: Sequence[str],
     proxy: Mapping[str, float] | None = None,
 ) -> Result:
-    """A finished run's result; one that is not finite anywhere has diverged. ``proxy``: weights of what trains it."""
+    """A finished run's result; one that is not finite anywhere has diverged, and one whose files are damaged failed.
+
+    ``proxy``: weights of what trains it.
+    """
+    if harm := damage(folder):
+        return Result(arm, seed, str(folder), harm)
     key = f"reward/eval/{gold}"
     rows = list(read_rows(folder / "metrics.jsonl"))
     seconds, evaluated = 0.0, []
@@ -109,6 +115,48 @@ def read(
         profile=profile,
         seconds=at("seconds") if place else None,
     )
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the rows of a finished run, and the remedy; None where all of them can be read.
+
+    ``evaluations.jsonl`` and ``samples.jsonl`` may be missing.
+    """
+    wrong, steps = [], set()
+    for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
+        try:
+            rows = _rows(folder / name)
+        except ValueError as error:
+            wrong.append(f"{error}")
+            continue
+        if name == "metrics.jsonl":
+            steps = {row["step"] for row in rows or () if "kl/sequence" in row}
+            if not steps:
+                wrong.append(f"{folder / name} {'is missing' if rows is None else 'holds no evaluation'}")
+        elif name == "evaluations.jsonl" and rows is not None and not steps <= {row["step"] for row in rows}:
+            wrong.append(f"{folder / name} lacks evaluations that metrics.jsonl has")
+    return f"{'; '.join(wrong)}; bring it back, or delete {folder} and compare again to redo the run" if wrong else None
+
+
+def _rows(path: Path) -> list[dict[str, Any]] | None:
+    """All rows of a JSONL file; None where there is no file.
+
+    Raises:
+        ValueError: a line is no row, or the last one was cut short.
+    """
+    if not path.is_file():
+        return None
+    rows = []
+    with open(path, "rb") as file:
+        for n, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict) or "step" not in row or not line.endswith(b"\n"):
+                raise ValueError(f"{path} cannot be read: line {n} is no row")
+            rows.append(row)
+    return rows
 
 
 def between(before: Mapping[str, Any], after: Mapping[str, Any], share: float, name: str) -> float | None:

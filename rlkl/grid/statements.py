@@ -5,7 +5,9 @@ intervals of mean and IQM, null of fewer than 3 runs. Wall time is stated apart 
 """
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from rlkl.config import Config
@@ -19,6 +21,9 @@ REPORT_KL = (1.0, 2.0, 5.0)
 """Nats at which arms are set side by side, where a run gets there, beside ``match_kl``."""
 GOLD_SHARES = (0.25, 0.5, 0.75)
 """Ways from the reference's gold to the most of any evaluation, at which the KL of arms is set side by side."""
+
+CONSTANT = 1e-9
+"""Gold whose range is below this share of its size does not vary but for rounding."""
 
 Tree = dict[str, Any]
 Results = Mapping[str, Result]
@@ -123,15 +128,19 @@ def _arm(runs: Sequence[Result], heights: Tree | None) -> Tree:
 
 
 def _heights(done: Sequence[Result], match: float | None, exact: Sequence[Mapping[str, Any]] | None) -> Tree | None:
-    """Up to which KL areas go, and which count as 0 and 1: those of reference and exact frontier, or the range."""
-    limit = match or min((max(r.line("kl")) for r in done), default=0.0)
+    """Up to which KL areas go, and which count as 0 and 1: those of reference and exact frontier, or the range.
+
+    The limit is the matched KL, or else the median over finished runs of the furthest each gets. The least would let
+    one run that barely moves decide, the most one that flies off.
+    """
+    if not done:
+        return None
+    limit = match or median(max(r.line("kl")) for r in done)
     if limit <= 0:
         return None
     if exact:
         points = sorted((point["kl"], point["gold"]) for point in exact)
         kls, golds = [kl for kl, _ in points], [gold for _, gold in points]
-        if kls[-1] < limit:  # no policy gets more
-            kls, golds = [*kls, limit], [*golds, golds[-1]]
         return {"limit": limit, "normaliser": "exact", "low": golds[0], "high": frontier.area(kls, golds, limit)}
     golds = [gold for r in done for gold in r.line("gold")]
     return {"limit": limit, "normaliser": "range", "low": min(golds), "high": max(golds)}
@@ -191,7 +200,10 @@ def _matched_gold(mine: Mapping[str, Sequence[Result]], done: Sequence[Result]) 
     if not done:
         return []
     low, high = sum(r.line("gold")[0] for r in done) / len(done), max(max(r.line("gold")) for r in done)
-    levels = [float(f"{low + share * (high - low):.3g}") for share in GOLD_SHARES]
+    if high - low <= CONSTANT * max(abs(low), abs(high)):
+        return []
+    places = 2 - math.floor(math.log10(high - low))  # three digits of the range, however far from 0 it is
+    levels = dict.fromkeys(round(low + share * (high - low), places) for share in GOLD_SHARES)
 
     def at(level: float) -> Callable[[Result], float | None]:
         return lambda r: frontier.at_reward(r.line("kl"), r.line("gold"), level)

@@ -127,7 +127,7 @@ def load(folders: Sequence[str | Path], gold: str | None = None) -> Data:
 
 
 def _stored(folder: Path, members: Sequence[Member]) -> Row | None:
-    """summary.json of a comparison, unless it is of other runs, of a version that stated less, or some wrote since."""
+    """summary.json of a comparison, unless it is of other runs, of a version that stated less, or changed since."""
     path = folder / "summary.json"
     if not path.is_file():
         return None
@@ -135,7 +135,8 @@ def _stored(folder: Path, members: Sequence[Member]) -> Row | None:
     written = [m.folder / "metrics.jsonl" for m in members]
     newer = [file for file in written if file.is_file() and file.stat().st_mtime > path.stat().st_mtime]
     same = set(found["runs"]) == {m.name for m in members} and "factors" in found
-    return found if same and not newer else None
+    harmed = any(m.error is not None and settings.finished(m.folder) for m in members)
+    return found if same and not newer and not harmed else None
 
 
 def _distinct(members: Sequence[Member]) -> list[Member]:
@@ -206,7 +207,7 @@ def _judged(member: Member, gold: str) -> Member:
     if gold not in member.config.rewards:
         return replace(member, error=f"has no reward called {gold}; name another --gold")
     if settings.finished(member.folder):
-        return member
+        return replace(member, error=results.damage(member.folder))
     path = member.folder / "error.txt"
     if path.is_file():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -57,10 +57,15 @@ def at_spent(spent: Sequence[float], rewards: Sequence[float], target: float) ->
     return rewards[i] + share * (rewards[i + 1] - rewards[i])
 
 
-def area(kls: Sequence[float], rewards: Sequence[float], limit: float) -> float | None:
+def area(kls: Sequence[float], rewards: Sequence[float], limit: float) -> float:
     r"""Mean height :math:`\frac1{\sqrt L}\int_0^{\sqrt L}R(d)\,dd` of the line up to a KL, in the unit of the reward.
 
-    None where it never gets there.
+    A line that ends short of the limit is level from its furthest evaluation on: whoever may spend L nats need not.
+
+    Args:
+        kls: of the evaluations, nats, in their order.
+        rewards: of the same evaluations.
+        limit: L, nats.
 
     Raises:
         ValueError: the limit is not above 0.
@@ -78,7 +83,8 @@ def area(kls: Sequence[float], rewards: Sequence[float], limit: float) -> float 
         total, so_far = total + middle * (right - left), right
         if so_far == end:
             return total / end
-    return None
+    furthest = roots.index(max(roots))  # the first to get there, as everywhere on the line
+    return (total + rewards[furthest] * (end - so_far)) / end
 
 
 def share(value: float, low: float, high: float) -> float | None:
