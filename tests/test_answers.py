@@ -315,6 +315,14 @@ def test_many_arms_are_a_list_and_the_sentence_stays_short(tmp_path):
     )
 
 
+def test_a_factor_names_the_runs_that_have_no_result(tmp_path):
+    folder = compared(tmp_path, TWO, [0, 1, 2], alike, axes={"kl.beta": [0.05, 0.2]})
+    spoil(folder, "high,beta=0.2,seed=1")
+    said = answer(folder, "Which arm gets the most gold, the rest being equal?")
+    assert "are left out (without a result: of high,beta=0.2 (1 diverged))." in said.answer
+    assert ", in 1 of 2 combinations" in said.details[0]
+
+
 def test_values_of_a_factor_that_share_no_combination_are_named(tmp_path):
     axes = {"kl.beta": [0.05, 0.1, 0.2]}
     exclude = [{"arm": "low", "kl.beta": 0.2}, {"arm": "high", "kl.beta": [0.05, 0.1]}]

@@ -137,8 +137,7 @@ def _factors(data: Data) -> Iterator[Answer]:
         said = {where: one["pairs"] for where, found in places for one in found if one["factor"] == factor}
         question = f"Which {_called(factor)} gets the most {data.gold}, the rest being equal?"
         every = [pair for pairs in said.values() for pair in pairs]
-        left = "" if all(pair["cells"] == pair["of"] for pair in every) else _LEFT
-        left += _apart(data, factor, every)
+        left = _left_out(data, every) + _apart(data, factor, every)
         details = tuple(
             f"at {where}, {_value(factor, pair['b'])} against {_value(factor, pair['a'])}: {difference(pair)}"
             for where, pairs in said.items()
@@ -154,7 +153,13 @@ def _factors(data: Data) -> Iterator[Answer]:
         yield Answer(question, _summed(factor, said) + left, details, points)
 
 
-_LEFT = " Combinations where a run failed or does not get so far are left out."
+def _left_out(data: Data, pairs: Sequence[Tree]) -> str:
+    """That combinations are left out, and of which arms runs have no result."""
+    if all(pair["cells"] == pair["of"] for pair in pairs):
+        return ""
+    gone = [f"{arm} ({lost(data, arm)})" for arm in data.arms if lost(data, arm)]
+    named = f" (without a result: of {listed(gone)})" if gone else ""
+    return f" Combinations where a run has no result or does not get so far are left out{named}."
 
 
 def _apart(data: Data, factor: str, pairs: Sequence[Tree]) -> str:
