@@ -117,7 +117,7 @@ def test_factors_are_told_apart_the_rest_being_equal(tmp_path):
     assert next(iter(found)) == arms.question
     assert arms.details[0].startswith("at 1 nat, high against low: +0.201 [+0.1")
     assert "in 2 of 2 combinations" in arms.details[0]
-    betas = found["Which β gets the most gold, the rest being equal?"]
+    betas = found["Which value of β gets the most gold, the rest being equal?"]
     assert betas.points[-1] == "at the end: β 0.2 is above β 0.05 by 0.042"
     assert not any(
         "the rest being equal" in question for question in asked(compared(tmp_path / "b", TWO, [0, 1, 2], law))
@@ -327,7 +327,7 @@ def test_values_of_a_factor_that_share_no_combination_are_named(tmp_path):
     axes = {"kl.beta": [0.05, 0.1, 0.2]}
     exclude = [{"arm": "low", "kl.beta": 0.2}, {"arm": "high", "kl.beta": [0.05, 0.1]}]
     folder = compared(tmp_path, TWO, [0, 1, 2], alike, axes=axes, exclude=exclude)
-    said = answer(folder, "Which β gets the most gold, the rest being equal?").answer
+    said = answer(folder, "Which value of β gets the most gold, the rest being equal?").answer
     assert "Nothing can be said of 0.05 and 0.2; 0.1 and 0.2: no combination of the rest has results of both." in said
 
 

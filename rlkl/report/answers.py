@@ -135,8 +135,9 @@ def _factors(data: Data) -> Iterator[Answer]:
         places.append(("the end", data.summary["factors"]))
     for factor in dict.fromkeys(one["factor"] for _, found in places for one in found):
         said = {where: one["pairs"] for where, found in places for one in found if one["factor"] == factor}
-        question = f"Which {_called(factor)} gets the most {data.gold}, the rest being equal?"
         every = [pair for pairs in said.values() for pair in pairs]
+        of = "value of " if all(_value(factor, pair["a"]) != pair["a"] for pair in every) else ""
+        question = f"Which {of}{_called(factor)} gets the most {data.gold}, the rest being equal?"
         left = _left_out(data, every) + _apart(data, factor, every)
         details = tuple(
             f"at {where}, {_value(factor, pair['b'])} against {_value(factor, pair['a'])}: {difference(pair)}"
