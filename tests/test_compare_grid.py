@@ -148,6 +148,20 @@ def test_the_window_is_flagged_where_the_horizon_is_not_compared(tree: Tree):
     assert flag == {"key": "kl.window", "values": {"a": "full", "b": "anchored", "c": "own"}}
 
 
+def test_whitening_and_clipping_of_a_source_are_flagged_where_two_arms_train_on_it(tree: Tree):
+    tree["arms"] = {
+        "a": {},
+        "b": {"rewards.letters": {"whiten": True}, "rewards.parity.clip": 2.0},
+        "c": {"rewards.parity": {"weight": 0, "clip": 3.0}},
+    }
+    flags = {flag["key"]: flag["values"] for flag in fair.flags(plan.make(tree))}
+    assert flags == {
+        "rewards.letters.whiten": {"a": False, "b": True, "c": False},
+        "rewards.parity.clip": {"a": None, "b": 2.0},  # c only watches it
+    }
+    assert fair.flags(plan.make(tree | {"compared": ["rewards"]})) == []
+
+
 def test_lambda_counts_only_where_gae_reads_it(tree: Tree):
     gae = {"credit": {"advantage": "gae", "baseline": "value"}, "kl": {"placement": "loss", "estimator": "exact"}}
     tree["base"]["kl"] = gae["kl"]

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlkl import exact, recording
 from rlkl.grid import listed, plan, replay
+from rlkl.report.load import load
 from rlkl.tasks import fix_model
 
 LENGTH = 2
@@ -79,6 +80,41 @@ def test_the_same_command_again_gives_the_same_numbers(arms: Tree):
     first = Path("runs/steps/replay.json").read_bytes()
     assert said("steps.yaml")[0] == 0
     assert Path("runs/steps/replay.json").read_bytes() == first
+
+
+def test_an_arm_whose_step_is_not_finite_is_reported_and_in_no_matrix(arms: Tree):
+    arms["arms"] = {"reinforce": {}, "wild": {"optimiser.learning_rate": 1e30}, "faster": arms["arms"]["faster"]}
+    Path("steps.yaml").write_text(json.dumps(arms))
+    code, out, err = said("steps.yaml")
+    assert (code, err) == (1, "rlkl: 2 of 6 steps failed; their arms are in no matrix\n")
+    told = [line for line in out.splitlines() if "FAILED" in line]
+    assert [line.split(": ")[0] for line in told] == ["wild,seed=0", "wild,seed=1"]
+    text = Path("runs/steps/replay.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert list(found["arms"]) == list(found["gradient_cosine"]) == ["reinforce", "faster"]
+    assert [f"{name}: FAILED: {error}" for name, error in found["failed"].items()] == told
+    arms["arms"] = {"wild": {"optimiser.learning_rate": 1e30}}
+    Path("steps.yaml").write_text(json.dumps(arms))
+    code, out, err = said("steps.yaml", "name=wild")
+    assert code == 1
+    assert err.startswith("rlkl: every arm failed: wild,seed=0: ") and err.count("\n") == 1
+
+
+def test_a_folder_holds_one_mode_and_a_report_says_where_the_tables_of_a_replay_are(arms: Tree):
+    arms["arms"], arms["seeds"] = {"reinforce": {}}, [0]
+    Path("steps.yaml").write_text(json.dumps(arms))
+    assert said("steps.yaml")[0] == 0
+    before = Path("runs/steps/compare.yaml").read_text()
+    code, _, err = said("steps.yaml", "mode=train")
+    told = "rlkl: runs/steps: holds a comparison of mode=replay; give this one another name=...\n"
+    assert (code, err) == (2, told)
+    assert Path("runs/steps/compare.yaml").read_text() == before
+    with pytest.raises(ValueError, match="mode=replay, which has no runs for a page") as why:
+        load(["runs/steps"])
+    assert "runs/steps/replay.json and runs/steps/replay.svg" in str(why.value)
+    Path("runs/begun").mkdir()
+    Path("runs/begun/compare.yaml").write_text("mode: train")
+    assert said("steps.yaml", "name=begun")[2].startswith("rlkl: runs/begun: holds something else")
 
 
 @pytest.mark.parametrize(

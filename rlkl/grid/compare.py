@@ -229,17 +229,23 @@ def _replay(made: Plan) -> Path:
     from rlkl.grid import matrices, replay
     from rlkl.grid.board import console
 
-    if (made.folder / "summary.json").exists() or (made.folder / "config.yaml").exists():
+    if _mode(made.folder) == "train" or any((made.folder / name).exists() for name in ("summary.json", "config.yaml")):
         raise ValueError(f"{made.folder}: holds something else; give this comparison another name=...")
     with tracking.lock(made.folder, "comparison"):
         prepare(made.runs)
         _keep(made)
+        for name in ("replay.json", "replay.svg"):
+            (made.folder / name).unlink(missing_ok=True)  # of other arms, should all of these fail
         found = replay.run(made)
         screen = console()
         for table in matrices.tables(found):
             screen.print(table, markup=False)
         for text in replay.write(made.folder, found):
             screen.print(text, markup=False, soft_wrap=True)
+        for name, error in found["failed"].items():
+            screen.print(f"{name}: FAILED: {error}", markup=False, soft_wrap=True)
+    if found["failed"]:
+        raise RunError(f"{len(found['failed'])} of {len(made.runs)} steps failed; their arms are in no matrix")
     return made.folder
 
 
@@ -256,8 +262,19 @@ def _check_folder(made: Plan, overwrite: bool) -> None:
 
     if (made.folder / "config.yaml").exists():
         raise ValueError(f"{made.folder}: holds a run; give this comparison another name=...")
+    if _mode(made.folder) == "replay":
+        raise ValueError(f"{made.folder}: holds a comparison of mode=replay; give this one another name=...")
     for run in made.runs:
         tracking.check_folder(run.folder, overwrite=True)
+
+
+def _mode(folder: Path) -> str | None:
+    """The mode of the comparison that a folder holds; None where there is none that can be read."""
+    try:
+        tree = yaml.safe_load((folder / "compare.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return tree.get("mode") if isinstance(tree, dict) else None
 
 
 def _check_dashboards(made: Plan) -> None:

@@ -16,9 +16,15 @@ Flag = dict[str, Any]
 
 
 def in_force(config: Config) -> dict[str, Any]:
-    """Whitening, normaliser, gamma, lambda, and the penalty's place, estimator and window, where they are read."""
+    """Whitening and clipping of rewards, normaliser, gamma, lambda, and the penalty's place, estimator and window.
+
+    Only where they are read.
+    """
     credit, kl, kind = config.credit, config.kl, config.trainer.type
     values: dict[str, Any] = {}
+    for name, source in config.rewards.items():
+        if source.weight:
+            values |= {f"rewards.{name}.{key}": getattr(source, key) for key in ("whiten", "clip")}
     if kind in ("reinforce", "ppo"):
         names = ("whiten_rewards", "whiten_advantages", "normaliser")
         values |= {f"credit.{name}": getattr(credit, name) for name in names}

@@ -73,9 +73,14 @@ def check(made: Plan) -> None:
 
 
 def run(made: Plan) -> dict[str, Any]:
-    """All steps, and what is said of them (see :func:`summary`)."""
+    """All steps, and what is said of them (see :func:`summary`); an arm that fails once is in no matrix.
+
+    Raises:
+        RunError: every arm failed.
+    """
     steps: dict[str, dict[int, Step]] = {arm: {} for arm in made.arms}
     truth: dict[int, Tensor] = {}
+    failed: dict[str, str] = {}
     for seed in made.config.seeds:
         mine = [one for one in made.runs if one.config.seed == seed]
         samples = record(made, mine[0])
@@ -85,8 +90,27 @@ def run(made: Plan) -> dict[str, Any]:
             if one is mine[0] and (tokens := enumerable(one.config)):
                 places = lane.train_prompts.places(1, lane.config.rollout.prompts)
                 truth[seed] = listed.exact_gradient(lane, made.gold, places, tokens)
-            steps[one.arm][seed] = take(lane, made.gold, accelerator)
-    return summary(made, steps, truth)
+            try:
+                steps[one.arm][seed] = finite(take(lane, made.gold, accelerator))
+            except RunError as error:
+                failed[one.config.name] = str(error)
+    whole = {arm: mine for arm, mine in steps.items() if len(mine) == len(made.config.seeds)}
+    if not whole:
+        raise RunError(f"every arm failed: {'; '.join(f'{name}: {error}' for name, error in failed.items())}")
+    return {**summary(made, whole, truth), "failed": failed}
+
+
+def finite(step: Step) -> Step:
+    """The step itself.
+
+    Raises:
+        RunError: its gradient, its change or what it did is not finite.
+    """
+    held_out = {"KL after the step": step.kl_P, "gold gained by the step": step.gold_P}
+    for name, x in {"the gradient": step.gradient_D, "the change of the weights": step.change_D, **held_out}.items():
+        if not bool(x.isfinite().all()):
+            raise RunError(f"{name} is not finite; lower optimiser.learning_rate")
+    return step
 
 
 def record(made: Plan, run: Run) -> Path:
@@ -200,7 +224,7 @@ def told(step: Step, truth: Tensor | None) -> dict[str, float | None]:
     error = [float(x.std() / len(x) ** 0.5) if len(x) > 1 else None for x in (step.kl_P, step.gold_P)]
     found = {
         "gradient_norm": step.norm,
-        "update_norm": float(step.change_D.norm()),
+        "update_norm": float(step.change_D.double().norm()),
         "kl": kl,
         "kl_stderr": error[0],
         "gold": gold,

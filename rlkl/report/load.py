@@ -100,6 +100,9 @@ def load(folders: Sequence[str | Path], gold: str | None = None) -> Data:
     for folder in map(Path, folders):
         if (folder / "compare.yaml").is_file():
             plans.append(plan.make(folder / "compare.yaml"))
+            if plans[-1].config.mode == "replay":
+                where = f"its tables and figure are {folder / 'replay.json'} and {folder / 'replay.svg'}"
+                raise ValueError(f"{folder}: a comparison of mode=replay, which has no runs for a page; {where}")
             compared[_free(folder.resolve().name, compared)] = (folder / "compare.yaml").read_text(encoding="utf-8")
             prefix = f"{plans[-1].config.name}/" if len(folders) > 1 else ""
             members += [
