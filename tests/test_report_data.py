@@ -1,5 +1,6 @@
 """What the page is made of when nothing has summed it up before, or when several folders come together."""
 
+import html
 import json
 import os
 import random
@@ -13,7 +14,7 @@ from reports import BASE, compared, write
 
 from rlkl.grid import compare, plan
 from rlkl.report import build, facets
-from rlkl.report.figures import kept
+from rlkl.report.figures import kept, peak
 from rlkl.report.load import load
 from rlkl.tracking import read_rows
 
@@ -185,3 +186,108 @@ def test_panels_are_made_only_where_they_help():
     assert facets.factor(grid) == "arm"
     assert facets.factor([name for name in grid if name[0] in "abc"]) == "source"
     assert facets.panels(["a,x=1", "b,x=2", "c,x=1"], "x") == {"x 1": ["a,x=1", "c,x=1"], "x 2": ["b,x=2"]}
+
+
+def said(folders: list[Path], output: Path, gold: str | None = None) -> str:
+    """The text of a page, white space as one blank."""
+    text = build.report(folders, output, gold).read_text(encoding="utf-8")
+    return " ".join(html.unescape(re.sub(r"<wbr>|<(style|script).*?</\1>|<[^>]+>", "", text, flags=re.S)).split())
+
+
+def test_the_iqm_and_every_kind_of_interval_stand_in_the_table(tmp_path):
+    text = said([compared(tmp_path, TWO, [0, 1, 2], steady)], tmp_path / "page.html")
+    assert "0.400 [0.375, 0.425] (3 of 3)IQM 0.400 [0.375, 0.425]" in text
+    assert (
+        "interval3 seeds meanStudent's t95.6 %, at worst 86.7 % IQMStudent's t of the jackknife95.5 %, at worst" in text
+    )
+    assert (
+        "difference of two armsWelch96.6 %, at worst 96.6 % probability of improvementNewcombeat worst 90.3 %" in text
+    )
+    assert "KL is in nats a sequence: exact at every token, averaged over samples" in text
+
+
+def test_an_unreachable_kl_is_named_and_leaves_the_rest(tmp_path):
+    text = said([compared(tmp_path, TWO, [0, 1, 2], steady, match_kl=1000.0)], tmp_path / "page.html")
+    assert "No run gets to 1000 nats (match_kl), up to which areas go too; the furthest is at 4 nats." in text
+    assert "fewer than 3 seeds" not in text and "they held the true mean in 95.6 %" in text
+    assert "Mean height of the frontier" not in text
+    text = text.replace("IQM 0.500 [0.475, 0.525]", "")
+    assert "tokens low0.3000.400 [0.375, 0.425]" in text and "0.500 [0.475, 0.525]4 [4, 4]" in text
+
+
+def test_means_over_fewer_runs_than_there_are_say_so_everywhere(tmp_path):
+    folder = compared(tmp_path, TWO, [0, 1, 2, 3], steady)
+    (folder / "high,seed=3/final/README.md").unlink()
+    page = build.report([folder], tmp_path / "page.html").read_text(encoding="utf-8")
+    table = page.split("where each run first gets to a KL")[1].split("</table>")[0]
+    high = table.split("<tr>")[3]
+    assert high.count("(3 of 4)") == high.count("<td>") == 7
+    area = page.split("Mean height of the frontier")[1].split("</table>")[0]
+    assert area.count("(3 of 4)") == 2
+    assert "high (3 of 4 runs) 0.300 to" in page
+
+
+def test_how_far_evaluations_lie_apart_stands_under_each_place(tmp_path):
+    folder = compared(tmp_path, TWO, [0], steady)
+    path = folder / "low,seed=0/metrics.jsonl"
+    rows = list(read_rows(path))
+    write_jsonl(path, [rows[0], {**rows[-1], "kl/sequence": 10.0}])
+    text = said([folder], tmp_path / "page.html")
+    assert "evaluations around it at most 10 nats apart at most 10 nats apart at most 10 nats apart" in text.replace(
+        "apartat", "apart at"
+    ).replace("itat", "it at")
+
+
+@pytest.mark.parametrize(
+    ("law", "found", "shown"),
+    [
+        ("logarithmic", 3.9e-111, None),
+        ("logarithmic", 0.5, None),
+        ("logarithmic", 2.0, 2.0),
+        ("quadratic", 0.5, 0.5),
+        ("quadratic", 5.0, None),
+        ("quadratic", None, None),
+    ],
+)
+def test_a_peak_that_no_evaluations_surround_is_none(law, found, shown):
+    assert peak(law, {"peak_kl": found}, [0.0, 1.0, 4.0]) == shown
+
+
+def test_trained_on_gold_and_not_measured_are_told_apart(tmp_path):
+    rewards = {
+        "gold": {"weight": 0},
+        "marks": {"type": "annotations", "labeller": "rlkl.tasks.facts:annotate", "weights": {"right": 1.0}},
+    }
+    folder = compared(tmp_path, {"golden": {}, "marked": {"rewards": rewards}}, [0], steady)
+    text = said([folder], tmp_path / "page.html")
+    assert "Trained on gold itself, so that there is no proxy to over-optimise: golden." in text
+    assert "a score not kept): marked." in text
+    assert "Fits of gold" in text
+    alone = said([compared(tmp_path / "b", {"golden": {}}, [0], lambda arm, seed, kl: 0.3)], tmp_path / "one.html")
+    assert "no proxy to over-optimise: every run." in alone
+    assert "· 1 run " in alone and "· 1 runs" not in alone and " 1 nats" not in alone
+
+
+def test_every_run_has_its_command_and_files_their_own_names(tmp_path):
+    made = [
+        compared(tmp_path / name, TWO, [0], steady, name=name, axes={"kl.beta": [beta]})
+        for name, beta in (("one", 0.1), ("two", 0.2))
+    ]
+    singles = []
+    for k in range(14):
+        config = {**BASE, "name": f"run{k}", "optimiser": {"learning_rate": 1e-3 * (k + 3)}}
+        write(tmp_path / f"run{k}", config, lambda kl: 0.3, 0)
+        singles.append(tmp_path / f"run{k}")
+    text = said([*made, *singles], tmp_path / "page.html", "gold")
+    assert "rlkl compare one.yaml" in text and "rlkl compare two.yaml" in text and "compare.yaml" not in text
+    assert "14 single runs" in text
+    assert [k for k in range(14) if f"rlkl train run{k},seed=0.yaml" not in text] == []
+    assert f"{singles[-1]} --gold gold -o report.html" in text
+
+
+def test_panels_beyond_the_first_twelve_are_folded_not_lost(tmp_path):
+    proxy = {"gold": {"weight": 0}, "proxy": {"type": "function", "path": "rlkl.tasks.facts:gold"}}
+    arms = {f"arm{k}": {"optimiser": {"learning_rate": 1e-3 * (k + 1)}, "rewards": proxy} for k in range(13)}
+    page = build.report([compared(tmp_path, arms, [0], steady)], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<summary>The other 1 arm</summary>" in page
+    assert [k for k in range(13) if f"<figcaption>arm{k}</figcaption>" not in page] == []

@@ -119,7 +119,7 @@ def test_pointing_at_a_token_shows_its_numbers(page):
     assert tip.is_displayed()
     assert tip.text.splitlines()[0] == f"token 4: {token.text.strip()}"
     assert f"KL, nats: {data['kl'][3]:g}" in tip.text.splitlines()
-    assert "log p of the reference: -1.5" in tip.text
+    assert "log p of the reference: −1.5" in tip.text
 
 
 def test_the_keyboard_goes_from_token_to_token(page):

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from markupsafe import Markup, escape
 import rlkl
 from rlkl import settings
 from rlkl.grid import fair, plan
-from rlkl.report import facets, figures, svg
+from rlkl.report import facets, figures, matched, svg
 from rlkl.report.answers import answers
+from rlkl.report.commands import commands
 from rlkl.report.figures import Figure
 from rlkl.report.load import Data, load
 from rlkl.report.shown import shown
@@ -43,7 +43,7 @@ def report(folders: Sequence[str | Path], output: str | Path, gold: str | None =
     path = Path(output)
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; name a file, such as {path / 'report.html'}")
-    text = page(load(folders, gold), [str(folder) for folder in folders])
+    text = page(load(folders, gold), [str(folder) for folder in folders], gold)
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -53,8 +53,8 @@ def report(folders: Sequence[str | Path], output: str | Path, gold: str | None =
     return path
 
 
-def page(data: Data, folders: Sequence[str]) -> str:
-    """The page as one HTML document that asks for nothing else."""
+def page(data: Data, folders: Sequence[str], gold: str | None = None) -> str:
+    """The page as one HTML document that asks for nothing else; ``gold`` where it was asked for by name."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -66,6 +66,8 @@ def page(data: Data, folders: Sequence[str]) -> str:
         "number": number,
         "cell": cell,
         "mean": _mean,
+        "iqm": _iqm,
+        "rough": matched.rough,
         "signed": signed,
         "breakable": _breakable,
         "json": _json,
@@ -73,18 +75,19 @@ def page(data: Data, folders: Sequence[str]) -> str:
     environment.tests |= {"told": told, "drawn": lambda arm, data: bool(data.of(arm))}
     style, script = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     return environment.get_template("page.html").render(
-        **context(data, folders),
+        **context(data, folders, gold),
         style=Markup(style),  # our own files; all else is escaped
         script=Markup(script),
         hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
-def context(data: Data, folders: Sequence[str]) -> dict[str, Any]:
+def context(data: Data, folders: Sequence[str], gold: str | None = None) -> dict[str, Any]:
     """What the template names."""
     by = facets.factor(data.arms)
     styles = facets.looks({arm: runs[0].of for arm, runs in data.plan.arms.items()}, by)
     seeds = sorted({member.seed for member in data.members})
+    over = _over(data, styles)
     return {
         "version": rlkl.__version__,
         "name": data.summary["name"],
@@ -94,11 +97,17 @@ def context(data: Data, folders: Sequence[str]) -> dict[str, Any]:
         "styles": styles,
         "seeds": seeds,
         "answers": answers(data),
-        "coverage": _coverage(data),
+        "ends": matched.ends(data),
+        "apart": matched.apart(data),
+        "short": matched.short(data),
+        "held": matched.held(data),
         "panels": facets.said(data.arms, by),
         "frontier": _frontier(data, styles),
         "curves": _curves(data, styles),
-        "over": _over(data, styles),
+        "over": over,
+        "most_panels": MOST_PANELS,
+        "without_panel": matched.without_panel(data, [figure.title for figure in over]),
+        "fits": _fits(data),
         "collapse": _collapse(data, styles),
         "profile": figures.profile(data, styles),
         "ended": _ended(data),
@@ -108,12 +117,17 @@ def context(data: Data, folders: Sequence[str]) -> dict[str, Any]:
         "budgets": {name: cap for name, cap in data.plan.config.budgets.model_dump().items() if cap is not None},
         "shared": _shared(data),
         "environments": _environments(data),
-        "commands": _commands(data, folders),
+        "commands": commands(data, folders, gold),
     }
 
 
 def _mean(found: Mapping[str, float] | None) -> str:
     return number(found["mean"]) if found else "–"
+
+
+def _iqm(found: Mapping[str, Any]) -> str:
+    inside = found["iqm_interval"]
+    return number(found["iqm"]) + (f" [{number(inside['low'])}, {number(inside['high'])}]" if inside else "")
 
 
 def _breakable(name: str) -> Markup:
@@ -158,7 +172,18 @@ def _curves(data: Data, styles: dict[str, svg.Style]) -> list[list[Figure]]:
 
 def _over(data: Data, styles: dict[str, svg.Style]) -> list[Figure]:
     made = (figures.overoptimisation(data, arm, styles[arm], k) for k, arm in enumerate(data.arms))
-    return [one for one in made if one][:MOST_PANELS]
+    return [one for one in made if one]
+
+
+def _fits(data: Data) -> list[tuple[str, str, Mapping[str, Any], float | None]]:
+    """Arm, law, fit of gold, and its peak where evaluations surround it."""
+    found = []
+    for arm, row in data.summary["arms"].items():
+        kls = [point["kl"] for member in data.of(arm) for point in data.summary["runs"][member.name]["evaluations"]]
+        for law, fit in ((row.get("fits") or {}).get("gold") or {}).items():
+            if fit:
+                found.append((arm, law, fit, figures.peak(law, fit, kls)))
+    return found
 
 
 def _collapse(data: Data, styles: dict[str, svg.Style]) -> list[list[Figure]]:
@@ -167,13 +192,6 @@ def _collapse(data: Data, styles: dict[str, svg.Style]) -> list[list[Figure]]:
         name = key.rpartition("/")[2]
         made.append(figures.curve(data, styles, name, ("step", "step"), key, f"{title}, {unit}", f"{title} by step"))
     return _rows(made)
-
-
-def _coverage(data: Data) -> dict[str, Any] | None:
-    """What was measured of the intervals in use: those of the arm with the fewest seeds that has one."""
-    cells = [row.get("gold") for row in data.summary["arms"].values()]
-    found = [one["interval"]["coverage"] for one in cells if one and one.get("interval")]
-    return min(found, key=lambda one: one["seeds"]) if found else None
 
 
 def _ended(data: Data) -> list[str]:
@@ -202,14 +220,3 @@ def _environments(data: Data) -> list[tuple[str, dict[str, str]]]:
             found.setdefault(json.dumps(flat), ([], flat))[0].append(member.name)
     total = sum(len(names) for names, _ in found.values())
     return [("all runs" if len(names) == total else ", ".join(names), flat) for names, flat in found.values()]
-
-
-def _commands(data: Data, folders: Sequence[str]) -> list[tuple[str, str, str]]:
-    """What makes the runs and the page again: what for, the command, and the file that it needs."""
-    made = [(f"the comparison {name}", "rlkl compare compare.yaml", text) for name, text in data.compared.items()]
-    if not made:
-        made = [
-            (m.name, "rlkl train config.yaml", (m.folder / "config.yaml").read_text(encoding="utf-8"))
-            for m in data.members[:MOST_PANELS]
-        ]
-    return [*made, ("this page", shlex.join(["rlkl", "report", *folders, "-o", "report.html"]), "")]

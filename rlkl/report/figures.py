@@ -10,8 +10,9 @@ import numpy as np
 from rlkl.plots import square_ticks
 from rlkl.report import facets, svg
 from rlkl.report.load import Data
+from rlkl.report.matched import rough
 from rlkl.report.svg import INK, SOFT, Style
-from rlkl.report.words import nats, number
+from rlkl.report.words import number
 from rlkl.statistics import intervals
 from rlkl.statistics.frontier import at_kl
 
@@ -62,7 +63,7 @@ def frontier(data: Data, styles: Mapping[str, Style], what: str, label: str) -> 
             grid = (np.linspace(0, math.sqrt(reach), GRID) ** 2).clip(max=reach)
             curves = [[at_kl(kls, values, x) if x else values[0] for x in grid] for kls, values in lines]
             _mean(axis, grid, curves, styles[arm], len(mine) <= facets.MOST, _most(runs))
-            end = nats(float(f"{np.mean([kls[-1] for kls, _ in lines]):.3g}"))
+            end = rough(float(np.mean([kls[-1] for kls, _ in lines])))
             said.append(f"{_counted(data, arm)} {number(_ends(lines, 0))} to {number(_ends(lines, -1))} at {end}")
         match = data.summary.get("match_kl")
         if match and match <= most:
@@ -161,7 +162,7 @@ def overoptimisation(data: Data, arm: str, style: Style, k: int) -> Figure | Non
             fitted = grid * (fit["alpha"] - fit["beta"] * slope) / size["gold"]
             axis.plot(grid, fitted, color=INK, linewidth=1.2, linestyle=dash)
             top = peak(law, fit, [kl for kls, _ in runs["gold"] for kl in kls])
-            where = f"peaks at {number(top)} nats" if top is not None else "has no peak in the KL seen"
+            where = f"peaks at {rough(top)}" if top is not None else "has no peak in the KL seen"
             said.append(f"{law} fit of gold {where}, R² {number(fit['r2'])}")
     axis.set(xlabel="√KL, √nats", ylabel="gain, share of its largest")
     axis.set_xlim(left=0)
@@ -186,7 +187,7 @@ def profile(data: Data, styles: Mapping[str, Style]) -> list[Figure]:
         for arm, kls in mine.items():
             axis.plot(range(1, len(kls) + 1), kls, linewidth=1.6, **styles[arm].line)
             top = int(np.argmax(kls))
-            said.append(f"{_counted(data, arm)} is highest at token {top + 1} with {number(kls[top])} nats")
+            said.append(f"{_counted(data, arm)} is highest at token {top + 1} with {number(kls[top])} nats a token")
         axis.set(xlabel="token of the completion (while 1 in 20 samples gets there)", ylabel="KL, nats a token")
         axis.set_xlim(1, max(longest, 2))
         axis.set_ylim(bottom=0)

@@ -31,6 +31,8 @@ class Member:
     folder: Path
     of: str
     error: str | None = None
+    single: bool = False
+    """Whether it belongs to no comparison."""
 
     @property
     def seed(self) -> int:
@@ -112,7 +114,7 @@ def load(folders: Sequence[str | Path], gold: str | None = None) -> Data:
         elif (folder / "config.yaml").is_file():
             config = settings.load(folder / "config.yaml")
             arm = SEED.sub("", config.name)
-            members.append(Member(config.name, arm, config, folder, arm))
+            members.append(Member(config.name, arm, config, folder, arm, single=True))
         else:
             raise ValueError(
                 f"{folder}: neither a run (config.yaml) nor a comparison (compare.yaml); name their folders"

@@ -25,7 +25,7 @@
   choice?.addEventListener("change", choose);
   choose();
 
-  const say = (x) => (x === 0 ? "0" : Math.abs(x) < 0.001 ? x.toExponential(1) : String(Number(x.toPrecision(3))));
+  const say = (x) => (x === 0 ? "0" : Math.abs(x) < 0.001 ? x.toExponential(1) : String(Number(x.toPrecision(3)))).replaceAll("-", "−");
   const scale = document.querySelector(".scale");
   const paint = (measure) => {
     const most = data.scale[measure] || 0;

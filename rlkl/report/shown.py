@@ -11,7 +11,7 @@ from rlkl.report.load import Data, Member
 from rlkl.report.words import number
 
 Row = Mapping[str, Any]
-ROOM = 700_000
+ROOM = 600_000
 """Bytes that tokens and their numbers may take of the page; prompts beyond are left out, and that is said."""
 NAMES = {"kl": "KL, nats", "advantage": "advantage", "logp": "log p", "ref_logp": "log p of the reference"}
 

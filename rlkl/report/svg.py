@@ -93,7 +93,9 @@ def clean(text: str, name: str) -> str:
     text = re.sub(
         r'(?<==")[^"]*\d\.\d{3}[^"]*', lambda m: re.sub(r"\d+\.\d{3,}", lambda n: f"{float(n[0]):.2f}", m[0]), text
     )
+    text = re.sub(r' transform="rotate\(-0 [^"]*"', "", text)
     text = re.sub(r"\s*\n\s*", "\n", text)
+    text = re.sub(r'(?<= d=")[ML\d\s.z-]+(?=")', lambda m: m[0].replace("\nL ", " "), text)  # after M comes L
     head = re.match(r"<svg[^>]*>", text)
     assert head is not None
     (box,) = re.findall(r'viewBox="([^"]+)"', head[0])

@@ -1,0 +1,137 @@
+"""What the tables say beside the statistics: counts, how far apart evaluations lie, and how often intervals hold."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from rlkl.grid import statements
+from rlkl.report.load import Data
+from rlkl.report.words import listed, nats
+from rlkl.statistics import coverage
+from rlkl.statistics.frontier import crossing
+
+Tree = Mapping[str, Any]
+
+
+class Held(NamedTuple):
+    """A kind of interval: what it is of, how it is made, and by number of seeds how often it held."""
+
+    of: str
+    how: str
+    shares: dict[int, str]
+
+
+def ends(data: Data) -> dict[str, dict[str, Any]]:
+    """Arm -> cells over its finished runs, of their first (``before``) and last evaluations, whatever ``match_kl``."""
+    return {
+        arm: {
+            "before": _cell(data, arm, "gold", 0),
+            "gold": _cell(data, arm, "gold", -1),
+            "kl": _cell(data, arm, "kl", -1),
+            **{name: _cell(data, arm, name, -1) for name in ("labels", "tokens")},
+        }
+        for arm in data.arms
+    }
+
+
+def _cell(data: Data, arm: str, key: str, place: int) -> dict[str, Any] | None:
+    return statements.cell([rows[place][key] for rows in _lines(data, arm)])
+
+
+def _lines(data: Data, arm: str) -> list[list[dict[str, Any]]]:
+    """The evaluations of each run of an arm that counts."""
+    found = (data.summary["runs"][member.name]["evaluations"] for member in data.of(arm))
+    return [rows for rows in found if rows]
+
+
+def apart(data: Data) -> dict[float, float]:
+    """Place -> the most nats between the two evaluations around it, over all runs that get there."""
+    lines = [[row["kl"] for row in rows] for arm in data.arms for rows in _lines(data, arm)]
+    places = {place["at"] for place in data.summary["matched"]["kl"]}
+    return {kl: max((gap for line in lines if (gap := _gap(line, kl)) is not None), default=0.0) for kl in places}
+
+
+def _gap(kls: list[float], target: float) -> float | None:
+    place = crossing(kls, target)
+    if place is None:
+        return None
+    return kls[place[0]] - (kls[place[0] - 1] if place[0] else 0.0)
+
+
+def short(data: Data) -> str:
+    """What is said where no run gets to ``match_kl``; nothing where one does, or where there is none."""
+    match = data.summary["match_kl"]
+    if not match or any(place["at"] == match for place in data.summary["matched"]["kl"]):
+        return ""
+    most = max((row["kl"] for arm in data.arms for rows in _lines(data, arm) for row in rows), default=0.0)
+    said = f"No run gets to {nats(match)} (match_kl), up to which areas go too"
+    return f"{said}; the furthest is at {rough(most)}."
+
+
+def rough(kl: float) -> str:
+    """A KL to three digits."""
+    return nats(float(f"{kl:.3g}"))
+
+
+def held(data: Data) -> list[Held]:
+    """Every kind of 95 % interval of the page, at the numbers of seeds that it has."""
+    cells = sorted({one["n"] for one in _cells(data) if one["interval"]})
+    places = [data.summary, *data.summary["matched"]["kl"]]
+    pairs = [pair for place in places for pair in place["pairs"]]
+    differences = sorted({min(pair["n"]) for pair in pairs if pair["interval"]})
+    wins = sorted({min(pair["n"]) for pair in pairs if pair["improvement_interval"] and min(pair["n"]) >= 3})
+    effects = [x for place in places for factor in place["factors"] for x in factor["pairs"] if x["interval"]]
+    found = [
+        Held("mean", "Student's t", _shares("mean, t", cells)),
+        Held("IQM", "Student's t of the jackknife", _shares("iqm, t", cells)),
+        Held("difference of two arms", "Welch", _shares("difference, welch", differences)),
+        Held("probability of improvement", "Newcombe", _shares("improvement, newcombe", wins)),
+    ]
+    if effects:
+        none = dict.fromkeys(sorted({x["n"] for x in effects}), "not simulated")
+        found.append(Held("difference of a factor's values", "Student's t over seeds", none))
+    if any(pair["prompts"] and pair["prompts"]["interval"] for pair in pairs):
+        found.append(Held("difference over prompts", "paired BCa bootstrap", dict.fromkeys(cells, "not simulated")))
+    return [one for one in found if one.shares]
+
+
+def _shares(kind: str, counts: Iterable[int]) -> dict[int, str]:
+    return {n: _share(kind, n) for n in counts}
+
+
+def _share(kind: str, n: int) -> str:
+    seeds, measured = coverage.measured(kind, n)
+    least = f"{100 * min(measured.values()):.1f} %"
+    text = f"{100 * measured['normal']:.1f} %, at worst {least}" if "normal" in measured else f"at worst {least}"
+    return text if seeds == n else f"{text} (of {seeds})"
+
+
+def _cells(data: Data) -> Iterator[Tree]:
+    """The cells of the page's tables."""
+    rows = [*ends(data).values(), *data.summary["arms"].values()]
+    rows += [place["arms"] for places in data.summary["matched"].values() for place in places]
+    yield from (one for row in rows for one in row.values() if isinstance(one, dict) and "interval" in one)
+
+
+def without_panel(data: Data, drawn: Iterable[str]) -> str:
+    """Why arms are not among the panels of over-optimisation: trained on gold itself, or on what was not measured."""
+    seen = set(drawn)
+    left = [arm for arm in data.arms if arm not in seen and data.of(arm)]
+    golden = [arm for arm in left if _on_gold(data, arm)]
+    others = [arm for arm in left if arm not in golden]
+    parts = []
+    if golden:
+        who = "every run" if len(golden) == len(data.arms) else listed(golden, len(golden))
+        parts.append(f"Trained on gold itself, so that there is no proxy to over-optimise: {who}.")
+    if others:
+        who = "every run" if len(others) == len(data.arms) else listed(others, len(others))
+        parts.append(
+            f"Trained on what no evaluation measures (stored pairs or annotations, or a score not kept): {who}."
+        )
+    return " ".join(parts)
+
+
+def _on_gold(data: Data, arm: str) -> bool:
+    """Whether gold is all that weighs, and new samples are scored by it."""
+    config = data.plan.arms[arm][0].config
+    weighing = {name: source.weight for name, source in config.rewards.items() if source.weight}
+    return not config.offline and list(weighing) == [data.gold] and weighing[data.gold] > 0
