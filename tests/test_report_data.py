@@ -58,6 +58,9 @@ def test_the_exact_frontier_is_read_where_its_gold_is_asked_for(tmp_path):
     found = load([folder]).summary
     assert found["exact"] == EXACT["frontier"] and found["exact_horizons"] == EXACT["horizons"]
     assert found["area"]["normaliser"] == "exact"
+    (folder / "exact.json").write_text("{")
+    assert load([folder]).summary["exact"] is None
+    (folder / "exact.json").write_text(json.dumps(EXACT))
     other = load([folder], gold="proxy").summary
     assert other["exact"] is None and other["area"]["normaliser"] == "range"
 
@@ -208,9 +211,9 @@ def test_the_iqm_and_every_kind_of_interval_stand_in_the_table(tmp_path):
 
 def test_an_unreachable_kl_is_named_and_leaves_the_rest(tmp_path):
     text = said([compared(tmp_path, TWO, [0, 1, 2], steady, match_kl=1000.0)], tmp_path / "page.html")
-    assert "No run gets to 1000 nats (match_kl), up to which areas go too; the furthest is at 4 nats." in text
+    assert "No run gets to 1000 nats (match_kl); the furthest is at 4 nats." in text
     assert "fewer than 3 seeds" not in text and "they held the true mean in 95.6 %" in text
-    assert "Mean height of the frontier" not in text
+    assert "up to 1,000 nats, on the √KL axis, level where a run ends before" in text
     text = text.replace("IQM 0.500 [0.475, 0.525]", "")
     assert "tokens low0.3000.400 [0.375, 0.425]" in text and "0.500 [0.475, 0.525]4 [4, 4]" in text
 

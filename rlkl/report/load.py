@@ -200,7 +200,10 @@ def _exact(folders: Sequence[Path], plans: Sequence[Plan], gold: str) -> Row | N
     paths = [folder / "exact.json" for folder in folders]
     if any(made.gold != gold for made in plans) or not all(path.is_file() for path in paths):
         return None
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    try:
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    except ValueError:
+        return None  # damaged; the comparison itself makes it anew
     if any(one["frontier"] != found[0]["frontier"] for one in found):
         return None
     horizons = {json.dumps(point): point for one in found for point in one["horizons"]}

@@ -63,8 +63,7 @@ def short(data: Data) -> str:
     if not match or any(place["at"] == match for place in data.summary["matched"]["kl"]):
         return ""
     most = max((row["kl"] for arm in data.arms for rows in _lines(data, arm) for row in rows), default=0.0)
-    said = f"No run gets to {nats(match)} (match_kl), up to which areas go too"
-    return f"{said}; the furthest is at {rough(most)}."
+    return f"No run gets to {nats(match)} (match_kl); the furthest is at {rough(most)}."
 
 
 def rough(kl: float) -> str:
