@@ -213,14 +213,34 @@ def test_the_cost_is_a_bound_and_time_is_told_by_runs_that_are_there(tree: Tree)
     made = plan.make(
         tree | {"seeds": [0, 1], "base": tree["base"] | {"train": {"steps": 10}}, "budgets": {"queries": 50}}
     )
-    assert cost.bounds(made.runs[0].config) == {"steps": 10, "tokens": 240, "queries": 50, "labels": 80}
+    assert cost.bounds(made.runs[0].config) == {"steps": 6, "tokens": 144, "queries": 48, "labels": 48}
     assert cost.seconds(made, []) == {"reinforce": None, "ppo": None}
     (first,) = [run for run in made.runs if run.config.name == "reinforce,seed=0"]
     rows(first, 4, 3.0)
-    assert cost.seconds(made, []) == {"reinforce": 3.0 * (6 + 10), "ppo": 3.0 * 20}
-    assert cost.seconds(made, [first]) == {"reinforce": 30.0, "ppo": 60.0}
+    assert cost.seconds(made, []) == {"reinforce": 3.0 * (2 + 6), "ppo": 3.0 * 12}
+    assert cost.seconds(made, [first]) == {"reinforce": 18.0, "ppo": 36.0}
     _, told = cost.table(made, [], 2)
-    assert told.startswith("in all at most 40 steps, 960 tokens, 200 queries, 320 labels; about 54 s with 2 at a time")
+    assert told.startswith("in all at most 24 steps, 576 tokens, 192 queries, 192 labels; about 30 s with 2 at a time")
+
+
+@pytest.mark.parametrize(
+    ("caps", "steps"),
+    [
+        ({"labels": 80}, 10),  # 8 a step, of two sources
+        ({"labels": 79}, 9),
+        ({"labels": 8}, 1),
+        ({"queries": 100}, 12),
+        ({"tokens": 60}, 10),  # 24 at most, and 4 at least: 9 steps of 4 leave room for one more
+        ({"steps": 7, "labels": 80}, 7),
+        ({"seconds": 1}, 100),
+    ],
+)
+def test_the_plan_knows_the_last_step_of_every_cap(tree: Tree, caps: Tree, steps: int):
+    config = plan.make(tree | {"base": tree["base"] | {"train": {"steps": 100}}, "budgets": caps}).runs[0].config
+    found = cost.bounds(config)
+    assert found["steps"] == steps
+    assert found["tokens"] == min(24 * steps, caps.get("tokens", 10**6))
+    assert found["labels"] == found["queries"] == 8 * steps
 
 
 def test_the_cap_that_ended_a_run_is_read_from_its_last_row(tree: Tree):

@@ -1,13 +1,13 @@
 """What a comparison may cost, as far as it can be told before, and which cap ended which run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from rich.table import Table
 
 from rlkl.config import Config
-from rlkl.config.budget import asked, drawn, labels
+from rlkl.config.budget import asked, drawn, labels, taught
 from rlkl.grid.plan import Plan, Run
 from rlkl.tracking import read_rows
 
@@ -19,9 +19,29 @@ Pace = tuple[int, float]
 def bounds(config: Config) -> dict[str, int]:
     """Steps, sampled tokens and scores of a run, at most."""
     budget = config.train.budget
-    steps = min(config.train.steps, budget.steps or config.train.steps)
+    steps = min([config.train.steps, *([budget.steps] if budget.steps else []), *_capped(config)])
     most = {"tokens": steps * drawn(config), "queries": steps * asked(config), "labels": labels(config, steps)}
     return {"steps": steps, **{name: min(n, getattr(budget, name) or n) for name, n in most.items()}}
+
+
+def _capped(config: Config) -> Iterator[int]:
+    """The step that each cap on tokens, queries or labels ends a run with at the latest.
+
+    A step s + 1 is taken if the cap has room for the most that it may use, after s steps that used the least that they
+    can: a token a sample (it may end at once), every score and judgement that is asked each time; what learns on the way
+    and stored records may have used up theirs.
+    """
+    budget, samples = config.train.budget, 0 if config.offline else config.rollout.prompts * config.samples
+    asking = [s for s in config.rewards.values() if s.weight and not (s.type == "annotations" and s.labeller is None)]
+    uses = {
+        "tokens": (0, samples, drawn(config)),
+        "queries": (0, samples * len(asking), asked(config)),
+        "labels": (taught(config)[0], samples * sum(s.judged for s in asking), asked(config, labels=True)),
+    }
+    for name, (before, least, most) in uses.items():
+        cap = getattr(budget, name)
+        if cap is not None and least:
+            yield 1 + max(0, (cap - before - most) // least)
 
 
 def pace(run: Run) -> Pace | None:
