@@ -13,7 +13,8 @@ from rlkl.config import AnnotationsSource
 from rlkl.data.annotated import Span
 from rlkl.data.spans import Decoded, add_up
 from rlkl.faults import limit
-from rlkl.rewards.function import probe_causality, resolve
+from rlkl.importing import resolve
+from rlkl.rewards.function import probe_causality
 from rlkl.types import Rollout, TokenRewards
 
 KEYS = ("start", "end", "label", "weight")

@@ -7,7 +7,7 @@ import torch
 
 from rlkl import models
 from rlkl.config import CounterfactualSource
-from rlkl.rewards.function import resolve
+from rlkl.importing import resolve
 
 Verdict = Callable[[str, str | None], Any]
 """``(x, x′ or None)`` to a verdict that can be compared; without x′, on x."""

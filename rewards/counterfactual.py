@@ -10,9 +10,10 @@ from rlkl import RunError, models
 from rlkl.config import CounterfactualSource
 from rlkl.config.templates import context
 from rlkl.faults import limit
+from rlkl.importing import resolve
 from rlkl.policy import Policy
 from rlkl.rewards.auditor import auditor
-from rlkl.rewards.function import pay_at_end, probe_causality, resolve
+from rlkl.rewards.function import pay_at_end, probe_causality
 from rlkl.rewards.predictor import Pair, Predictor
 from rlkl.rewards.reading import Reading, completions
 from rlkl.sampling import given, pad

@@ -1,11 +1,8 @@
 """A Python function as a reward: scalar in the manner of TRL, or causal and dense."""
 
-import importlib
 import inspect
 import math
-import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,44 +12,8 @@ from torch import Tensor
 from rlkl import RunError
 from rlkl.config import FunctionSource
 from rlkl.faults import limit
+from rlkl.importing import resolve
 from rlkl.types import End, Rollout, TokenRewards
-
-
-def resolve(path: str, key: str, *arguments: str) -> Callable[..., Any]:
-    """The function named ``module:function`` under a key; modules of the working directory are found too.
-
-    ``arguments`` are those that it will be given, by position.
-
-    Raises:
-        ValueError: there is no such module or function, the module itself raises, or the function takes others.
-    """
-    module_name, _, name = path.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module_name), name, None)
-    except (Exception, SystemExit) as error:  # whatever a stranger's module raises while it is imported
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(
-            f"{key}={path}: cannot be imported ({said}); give module:function, importable from here"
-        ) from error
-    if not callable(function):
-        raise ValueError(f"{key}={path}: module {module_name} has no function {name}; name one that it has")
-    if arguments:
-        _takes(function, f"{key}={path}", arguments)
-    return function  # type: ignore[no-any-return]
-
-
-def _takes(function: Callable[..., Any], named: str, arguments: Sequence[str]) -> None:
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # some builtins have none
-        return
-    try:
-        signature.bind(*arguments)
-    except TypeError:
-        asked = ", ".join(arguments)
-        raise ValueError(f"{named}: is called with ({asked}) and takes {signature}; let it take both") from None
 
 
 class FunctionReward:

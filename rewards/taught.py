@@ -20,9 +20,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from rlkl import RunError, models, scoring
 from rlkl.config import AnnotationsSource, LearnedSource
 from rlkl.faults import limit
+from rlkl.importing import resolve
 from rlkl.reward_model.fit import fit
 from rlkl.rewards.annotations import AnnotationReward
-from rlkl.rewards.function import resolve
 from rlkl.rewards.learned import LearnedReward
 from rlkl.types import Rollout, TokenRewards
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import Tree
-from test_compare import SHOWN, base, said, shows
+from test_compare import SCORES, SHOWN, base, said, shows
 
 from rlkl import settings, tracking
 from rlkl.cli import main
@@ -24,6 +24,7 @@ Make = Callable[..., plan.Plan]
 def tree_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
     """A comparison of two objectives, in the test's own folder, which is the working one; nothing here trains."""
     monkeypatch.chdir(tmp_path)
+    Path("scores.py").write_text(SCORES)
     return {
         "name": "two",
         "base": base(Path("model")),
@@ -260,7 +261,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tree, capsys):
     out = capsys.readouterr().out
     assert "two: 2 arms x 1 seeds = 2 runs in runs/two, 0 kept, 2 to do, 1 at a time; gold is letters" in out
     assert "trainer.epochs" in out
-    assert [path.name for path in Path().iterdir()] == ["c.yaml"]
+    assert sorted(path.name for path in Path().iterdir()) == ["c.yaml", "scores.py"]
 
 
 def test_embedded_models_are_made_once_before_the_workers(tree, monkeypatch):

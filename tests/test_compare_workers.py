@@ -99,18 +99,43 @@ def test_a_death_is_told_in_one_line_and_kept_in_the_run(tmp_path, code, how):
 
 
 def test_a_mistake_that_shows_only_in_the_run_is_one_line(tiny_model, tmp_path, monkeypatch, capsys):
-    """Here the reward cannot be imported: no folder was made, and the other run is done."""
+    """Here the model is none: no folder was made, and the other run is done."""
     monkeypatch.chdir(tmp_path)
     furnish(tmp_path)
-    arms = {"bad": {"rewards.letters.path": "scores:missing"}, "good": {}}
+    Path("empty").mkdir()
+    arms = {"bad": {"model.path": "empty"}, "good": {}}
     tree = {"name": "c", "base": base(tiny_model), "arms": arms, "seeds": [0], "workers": 1}
     with pytest.raises(rlkl.RunError, match="1 of 2 runs failed"):
         rlkl.compare(tree)
-    told = "bad,seed=0: FAILED: rewards.letters.path=scores:missing: module scores has no function missing"
+    told = "bad,seed=0: FAILED: model.path=empty: "
     assert capsys.readouterr().out.count(told) == 2  # as it ends, and below the table
     assert not Path("runs/c/bad,seed=0").exists()
     assert Path("runs/c/good,seed=0/final").is_dir()
     assert rlkl.compare(tree, ["arms={good: {}}"]) == Path("runs/c")
+
+
+def test_functions_that_cannot_be_imported_are_refused_before_the_start(tmp_path, monkeypatch):
+    """Also of a module that this process imported before it was changed, and of one that ends Python."""
+    monkeypatch.chdir(tmp_path)
+    furnish(tmp_path)
+    Path("ends.py").write_text("import os\nos._exit(5)")
+    arms = {"good": {}, "none": {"rewards.letters.path": "scores:missing"}}
+    arms |= {"also": {**arms["none"], "kl.beta": 0.2}, "gone": {"rewards.letters.path": "nowhere.at:all"}}
+    tree = {"name": "c", "base": base(Path("model")), "arms": arms, "seeds": [0, 1]}
+    Path("c.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    there = sorted(Path().iterdir())
+    for words in ([], ["--dry-run"]):
+        code, out, err = said("c.yaml", *words)
+        first, second = err.splitlines()
+        assert (code, out) == (2, "")
+        assert first.startswith("rlkl: arms none, also: rewards.letters.path=scores:missing: module scores has no")
+        assert second.startswith("rlkl: arm gone: rewards.letters.path=nowhere.at:all: cannot be imported")
+    Path("scores.py").write_text(Path("scores.py").read_text() + "\n\nmissing = letters\n")
+    assert said("c.yaml", "--dry-run", "arms.gone.rewards.letters.path=scores:raises")[0] == 0
+    code, _, err = said("c.yaml", "--dry-run", "arms.gone.rewards.letters.path=ends:now")
+    assert code == 2
+    assert "importing scores:letters, " in err and "ended Python (exit code 5)" in err
+    assert sorted(Path().iterdir()) == there  # no bytecode either
 
 
 class Tty(io.StringIO):

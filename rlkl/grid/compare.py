@@ -49,6 +49,7 @@ def compare(
 
         replay.check(made)
     kept = [] if overwrite else keep(made)
+    plan.check_functions([run for run in made.runs if run not in kept])
     slots = workers.slots(made.config.workers, len(made.runs))
     show(made, kept, len(slots))
     if dry_run:

@@ -27,8 +27,8 @@ def bounds(config: Config) -> dict[str, int]:
 def _capped(config: Config) -> Iterator[int]:
     """The step that each cap on tokens, queries or labels ends a run with at the latest.
 
-    A step s + 1 is taken if the cap has room for the most that it may use, after s steps that used the least that they
-    can: a token a sample (it may end at once), every score and judgement that is asked each time; what learns on the way
+    A step s + 1 is taken if the cap has room for the most that it may use, after s steps that used the least they can:
+    a token a sample (it may end at once), every score and judgement that is asked each time. What learns on the way
     and stored records may have used up theirs.
     """
     budget, samples = config.train.budget, 0 if config.offline else config.rollout.prompts * config.samples

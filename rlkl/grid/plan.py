@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlkl import metrics, settings
+from rlkl import importing, metrics, settings
 from rlkl.config import Config
 from rlkl.config.compare import CompareConfig
 from rlkl.grid.cells import Cell, cells
@@ -112,6 +112,25 @@ def diff(plan: Plan) -> dict[str, dict[str, str]]:
     keys = dict.fromkeys(key for one in values.values() for key in one)
     table = {key: {arm: settings.show(one[key]) if key in one else "–" for arm, one in values.items()} for key in keys}
     return {key: row for key, row in table.items() if len(set(row.values())) > 1}
+
+
+def check_functions(runs: Sequence[Run]) -> None:
+    """Refuse functions that cannot be imported, before any run has begun.
+
+    Raises:
+        ValueError: a line each, with the arms that name it.
+    """
+    arms: dict[importing.Asked, list[str]] = {}
+    for run in runs:
+        for asked in importing.named(run.config):
+            arms.setdefault(asked, []).append(run.arm)
+    found = dict(zip(arms, importing.mistakes(list(arms)), strict=True))
+    said = []
+    for asked, error in found.items():
+        names = list(dict.fromkeys(arms[asked]))
+        said += [f"arm{'s' if len(names) > 1 else ''} {', '.join(names)}: {error}"] if error else []
+    if said:
+        raise ValueError("\n".join(said))
 
 
 def _read_bases(tree: DictConfig, beside: Path) -> None:
