@@ -58,7 +58,7 @@ def opened(path: Path, width: int = 1280, dark: bool = False) -> Iterator[Any]:
 
 
 def shoot(driver: Any, path: Path, height: int | None = None, top: int = 0) -> None:
-    """The page from ``top`` on as a PNG of few colours; all of it, or ``height`` pixels."""
+    """The page from ``top`` on as a PNG of few colours, rare ones among them; all of it, or ``height`` pixels."""
     from PIL import Image
 
     whole = driver.execute_script("return document.documentElement.scrollHeight")
@@ -66,7 +66,7 @@ def shoot(driver: Any, path: Path, height: int | None = None, top: int = 0) -> N
     area = {"x": 0, "y": top, "width": width, "height": min(height or whole, whole - top), "scale": 1}
     asked = {"captureBeyondViewport": True, "clip": area}
     data = base64.b64decode(driver.execute_cdp_cmd("Page.captureScreenshot", asked)["data"])
-    Image.open(io.BytesIO(data)).convert("RGB").quantize(128).save(path, optimize=True)
+    Image.open(io.BytesIO(data)).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
 
 
 def main() -> None:

@@ -221,7 +221,7 @@ def test_gold_that_falls_under_a_rising_proxy_is_reported(tmp_path):
     assert said.points[0].startswith(
         "high: gold falls by 0.212 [0.182, 0.242] from its best evaluation (at 2 nats) to the end, the proxy rises by 4"
     )
-    assert said.points[0].endswith("; both in 3 of 3 runs, shown")
+    assert said.points[0].endswith("; gold falls while the proxy rises in 3 of 3 runs, shown")
     assert said.points[1].startswith("low: none, every run ends where the others of its arm are best")
     page = report([folder], tmp_path / "page.html").read_text(encoding="utf-8")
     assert re.search(r"quadratic fit of gold peaks at 1\.\d+ nats", page.replace("\n", " "))
@@ -231,10 +231,12 @@ def test_the_luck_of_a_best_evaluation_is_no_fall(tmp_path):
     """Every run peaks somewhere else: its own best is above its end, the best of the others is not."""
 
     def law(arm: str, seed: int, kl: float) -> float:
-        return 0.5 + (0.1 + 0.001 * seed) * (kl == seed + 1)
+        return 0.5 + (0.1 + 0.001 * seed) * (kl == seed + 1) + 0.02 * (kl == 4)
 
     said = answer(compared(tmp_path, {"a": PROXY}, [0, 1, 2], law), FALL)
     assert said.answer.startswith("In no arm: none ends, in mean, with less gold than at its best evaluation")
+    assert said.points[0].startswith("a: none in mean, gold changes by 0.020 [0.020, 0.020] and the proxy by ")
+    assert said.points[0].endswith("; gold falls while the proxy rises in 0 of 3 runs")
 
 
 def test_a_proxy_that_was_never_measured_is_no_good_news(tmp_path):

@@ -83,20 +83,23 @@ def _rises(falls: Sequence[Fall]) -> bool:
 
 def _point(data: Data, arm: str, falls: Sequence[Fall], test: Tree) -> str:
     """The fall of an arm and the rise of its proxy, with their intervals."""
-    gold, proxy = (cell(statements.cell([getattr(fall, name) for fall in falls])) for name in ("gold", "proxy"))
     at = nats(sum(fall.kl for fall in falls) / len(falls))
     some = share(data, arm, len(falls))
     if not any(fall.gold or fall.proxy for fall in falls):
         where = "every run ends where the others of its arm are best" if len(falls) > 1 else "it ends at its best"
         return f"{arm}: none, {where}{some}"
+    fell = _fell(falls)
+    gold = cell(statements.cell([fall.gold if fell else -fall.gold for fall in falls]))
+    proxy = cell(statements.cell([fall.proxy for fall in falls]))
+    count = sum(fall.gold > 0 and fall.proxy > 0 for fall in falls)
+    both = f"{some}; {data.gold} falls while the proxy rises in {count} of {many(len(falls), 'run')}"
+    if not fell:
+        text = f"{arm}: none in mean, {data.gold} changes by {gold} and the proxy by {proxy}"
+        return f"{text} from its best evaluation (at {at}) to the end{both}"
     text = (
         f"{arm}: {data.gold} falls by {gold} from its best evaluation (at {at}) to the end, the proxy rises by {proxy}"
     )
-    both = sum(fall.gold > 0 and fall.proxy > 0 for fall in falls)
-    text += f"{some}; both in {both} of {many(len(falls), 'run')}"
-    if not _fell(falls):
-        return f"{text}, not in mean"
-    return text if test["interval"] else f"{text}, {untested(test)}"
+    return f"{text}{both}" if test["interval"] else f"{text}{both}, {untested(test)}"
 
 
 def _head(data: Data, shown: Sequence[str], rest: Sequence[str], tests: Mapping[str, Tree]) -> str:
