@@ -104,7 +104,7 @@ def advance(lane: Lane, tracker: tracking.Tracker, step: int, accelerator: Accel
     ends = bound is not None or step == total
     metrics |= {f"budget/ended/{bound}": 1.0} if bound else {}
     tracker.screen.step(step, metrics, lane.config.log.every)
-    if step % lane.config.evaluate.every == 0 or ends:
+    if step <= lane.config.evaluate.early or step % lane.config.evaluate.every == 0 or ends:
         lane.due = metrics  # should the evaluation find no judge
         assess(lane, tracker, step, metrics)
         lane.due = None

@@ -1077,10 +1077,11 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_the_weights(run):
     assert 0 < difference < 1
 
 
-@shows("evaluate.every")
-def test_evaluations_come_every_so_many_steps_and_at_both_ends(run):
-    rows = metrics(run({"evaluate.every": 2, "train.steps": 5}))
-    assert [row["step"] for row in rows if "kl/sequence" in row] == [0, 2, 4, 5]
+@shows("evaluate.every", "evaluate.early")
+@pytest.mark.parametrize(("early", "steps"), [(0, [0, 4, 7]), (2, [0, 1, 2, 4, 7])])
+def test_evaluations_come_every_so_many_steps_early_on_and_at_both_ends(run, early, steps):
+    rows = metrics(run({"evaluate.every": 4, "evaluate.early": early, "train.steps": 7}))
+    assert [row["step"] for row in rows if "kl/sequence" in row] == steps
 
 
 @shows("evaluate.prompts", "evaluate.samples_per_prompt")

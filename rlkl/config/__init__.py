@@ -105,6 +105,7 @@ class EvaluateConfig(Section):
     """Evaluation on fixed held-out prompts, at temperature 1, with the same randomness every time."""
 
     every: Positive = Field(10, description="steps; the first and the last model are always evaluated")
+    early: int = Field(0, ge=0, description="every step up to this one is evaluated too; KL moves fastest at first")
     prompts: Positive = Field(64, description="held-out prompts, at most")
     samples_per_prompt: Positive = Field(4, description="completions a prompt")
     gold: str | None = Field(
