@@ -10,7 +10,7 @@ from test_compare import SCORES, base, said, shows, table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlkl import exact, recording
-from rlkl.grid import listed, plan, replay
+from rlkl.grid import cost, listed, plan, replay
 from rlkl.report.load import load
 from rlkl.tasks import fix_model
 
@@ -98,6 +98,22 @@ def test_an_arm_whose_step_is_not_finite_is_reported_and_in_no_matrix(arms: Tree
     code, out, err = said("steps.yaml", "name=wild")
     assert code == 1
     assert err.startswith("rlkl: every arm failed: wild,seed=0: ") and err.count("\n") == 1
+
+
+def test_the_plan_of_a_replay_costs_a_batch_a_seed_and_a_step_an_arm(arms: Tree):
+    made = plan.make(arms | {"arms": {name: arms["arms"][name] for name in ("reinforce", "ppo")}})
+    first = made.runs[0]
+    planned = cost.bounds(first.config, made.config.mode)
+    assert first.config.train.steps > 1
+    drawn = first.config.rollout.prompts * 4 * first.config.rollout.max_new_tokens
+    assert cost.recorded(made) == 2 * drawn
+    lane, accelerator = replay.ready(first.config, replay.record(made, first))
+    replay.take(lane, made.gold, accelerator)
+    assert planned == {"steps": 1, "tokens": 0, "queries": lane.queries, "labels": lane.labels}
+    _, told = cost.table(made, [], 1)
+    n = 4 * planned["queries"]
+    assert told.startswith(f"in all at most 4 steps, {2 * drawn:,} tokens, {n} queries, {n} labels")
+    assert "the tokens once a seed, replayed to every arm" in told
 
 
 def test_a_folder_holds_one_mode_and_a_report_says_where_the_tables_of_a_replay_are(arms: Tree):

@@ -166,6 +166,19 @@ def test_samples_stand_side_by_side_once_before_training_and_once_an_arm(folder)
     assert list(found.measures) == ["kl", "advantage", "reward/gold"]
 
 
+def test_an_arm_that_has_collapsed_leaves_the_others_their_colours(tmp_path):
+    folder = compared(tmp_path, {**TWO, "wild": {"optimiser": {"learning_rate": 0.1}}}, [0], steady)
+    path = folder / "wild,seed=0/samples.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["tokens"]["kl"] = [20.0 * x for x in row["tokens"]["kl"]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = shown(load([folder]))
+    assert max(x for one in found.numbers for x in one["kl"]) > 10
+    assert 0.5 < found.scale["kl"] <= 1
+    assert found.scale["advantage"] == 0.5
+
+
 def test_thirty_runs_with_long_samples_stay_below_two_megabytes(tmp_path):
     arms = {f"arm{k}": {"optimiser": {"learning_rate": 1e-3 * (k + 1)}} for k in range(10)}
     folder = compared(tmp_path, arms, [0, 1, 2], steady)

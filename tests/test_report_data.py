@@ -230,15 +230,23 @@ def test_means_over_fewer_runs_than_there_are_say_so_everywhere(tmp_path):
     assert "high (3 of 4 runs) 0.300 to" in page
 
 
-def test_how_far_evaluations_lie_apart_stands_under_each_place(tmp_path):
-    folder = compared(tmp_path, TWO, [0], steady)
+def test_how_far_evaluations_lie_apart_stands_with_each_arm(tmp_path):
+    folder = compared(tmp_path, TWO, [0, 1], steady)
     path = folder / "low,seed=0/metrics.jsonl"
     rows = list(read_rows(path))
-    write_jsonl(path, [rows[0], {**rows[-1], "kl/sequence": 10.0}])
-    text = said([folder], tmp_path / "page.html")
-    assert "evaluations around it at most 10 nats apart at most 10 nats apart at most 10 nats apart" in text.replace(
-        "apartat", "apart at"
-    ).replace("itat", "it at")
+    write_jsonl(path, [{**rows[0], "kl/sequence": -1e-9}, {**rows[-1], "kl/sequence": 12.7}])
+    table = (
+        said([folder], tmp_path / "page.html").split("farthest apart of a run of the arm")[1].split("Between two")[0]
+    )
+    low, high = table.split("high", 1)
+    assert low.count("around: 0–12.7 nats") == 3
+    assert [high.count(f"around: {text}") for text in ("0–1 nat", "1–2 nats")] == [1, 1]
+    assert "12.7" not in high
+
+
+def test_tuning_runs_that_nobody_stated_are_said_to_be_not_said(tmp_path):
+    text = said([compared(tmp_path, TWO, [0], steady)], tmp_path / "page.html")
+    assert "Runs spent on choosing settings: not said." in text
 
 
 @pytest.mark.parametrize(

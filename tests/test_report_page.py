@@ -167,6 +167,23 @@ def test_tokens_are_coloured_by_what_is_chosen(page):
     assert len(set(seen[""])) == 1
 
 
+def test_a_token_of_a_tenth_of_a_nat_is_seen_beside_an_arm_that_has_collapsed(tmp_path):
+    folder = compared(tmp_path, ARMS, [0], lambda arm, seed, kl: 0.3)
+    for arm, kl in (("reinforce", [-0.1, 0.1, 1.0]), ("ppo", [0.1, 0.5, 1.0]), ("dpo", [20.0, 5.0, 20.0])):
+        path = folder / f"{arm},seed=0/samples.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            row["tokens"] = {"text": ["a", "b", "c"], "kl": kl if row["step"] else [0, 0, 0]}
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shares = """return [...document.querySelectorAll('.tokens')].slice(1, 4).map((g) => [...g.children].map(
+      (e) => e.style.backgroundColor.match(/(less|more)\\) (\\d+)%/).slice(1).join(' ')))"""
+    with opened(report([folder], tmp_path / "page.html")) as page:
+        seen = page.execute_script(shares)
+        scale = page.find_element("css selector", ".scale").text
+    assert seen == [["less 17", "more 17", "more 55"], ["more 17", "more 39", "more 55"], ["more 55"] * 3]
+    assert scale.split("\n")[0] == "≤ −1" and "≥ 1" in scale and "on a √ scale" in scale
+
+
 def test_one_seed_is_shown_at_a_time(page):
     shown = "return [...document.querySelectorAll('.prompt')].filter((e) => !e.hidden).map((e) => e.dataset.seed)"
     assert page.execute_script(shown) == ["0", "0"]

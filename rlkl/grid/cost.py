@@ -16,12 +16,24 @@ Pace = tuple[int, float]
 """Steps done, and seconds a step with its share of the evaluations."""
 
 
-def bounds(config: Config) -> dict[str, int]:
-    """Steps, sampled tokens and scores of a run, at most."""
+def bounds(config: Config, mode: str = "train") -> dict[str, int]:
+    """Steps, sampled tokens and scores of a run, at most; of ``mode: replay`` of an arm's step on a seed's samples.
+
+    Such a step is under no cap and draws nothing: see :func:`recorded`.
+    """
+    if mode == "replay":
+        judged = min(labels(config, 1), taught(config)[0] + asked(config, labels=True))
+        return {"steps": 1, "tokens": 0, "queries": asked(config), "labels": judged}
     budget = config.train.budget
     steps = min([config.train.steps, *([budget.steps] if budget.steps else []), *_capped(config)])
     most = {"tokens": steps * drawn(config), "queries": steps * asked(config), "labels": labels(config, steps)}
     return {"steps": steps, **{name: min(n, getattr(budget, name) or n) for name, n in most.items()}}
+
+
+def recorded(plan: Plan) -> int:
+    """Tokens of the samples that ``mode: replay`` draws once a seed for all arms, at most; else 0."""
+    first = {run.config.seed: run.config for run in reversed(plan.runs)}
+    return sum(map(drawn, first.values())) if plan.config.mode == "replay" else 0
 
 
 def _capped(config: Config) -> Iterator[int]:
@@ -65,7 +77,7 @@ def seconds(plan: Plan, kept: Sequence[Run]) -> dict[str, float | None]:
         speed = fmean(known[arm] or means) if known[arm] or means else None
         names = {run.config.name for run in kept}
         steps = [
-            bounds(r.config)["steps"] - (found[r.config.name] or (0, 0.0))[0]
+            bounds(r.config, plan.config.mode)["steps"] - (found[r.config.name] or (0, 0.0))[0]
             for r in runs
             if r.config.name not in names
         ]
@@ -80,15 +92,17 @@ def table(plan: Plan, kept: Sequence[Run], workers: int) -> tuple[Table, str]:
         out.add_column(head, justify="left" if head in ("arm", "seeds") else "right", overflow="fold")
     left, total = seconds(plan, kept), dict.fromkeys(("steps", "tokens", "queries", "labels"), 0)
     for arm, runs in plan.arms.items():
-        one = bounds(runs[0].config)
+        one = bounds(runs[0].config, plan.config.mode)
         total = {name: n + len(runs) * one[name] for name, n in total.items()}
         tuned = plan.config.tuning.get(runs[0].of)
         cells = [f"{one[name]:,}" for name in total]
         seeds = ", ".join(str(run.config.seed) + (" (kept)" if run in kept else "") for run in runs)
         out.add_row(arm, seeds, *cells, "not said" if tuned is None else str(tuned), _time(left[arm]))
+    total["tokens"] += (once := recorded(plan))
     told = "in all at most " + ", ".join(f"{n:,} {name}" for name, n in total.items())
     known = [x for x in left.values() if x is not None]
     when = f"about {_time(sum(known) / workers)} with {workers} at a time" if known else "time: no run has steps yet"
+    told += " (the tokens once a seed, replayed to every arm)" if once else ""
     return out, f"{told}; {when}; evaluations ask and sample on top"
 
 

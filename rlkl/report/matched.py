@@ -1,6 +1,6 @@
 """What the tables say beside the statistics: counts, how far apart evaluations lie, and how often intervals hold."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rlkl.grid import statements
@@ -43,18 +43,23 @@ def _lines(data: Data, arm: str) -> list[list[dict[str, Any]]]:
     return [rows for rows in found if rows]
 
 
-def apart(data: Data) -> dict[float, float]:
-    """Place -> the most nats between the two evaluations around it, over all runs that get there."""
-    lines = [[row["kl"] for row in rows] for arm in data.arms for rows in _lines(data, arm)]
-    places = {place["at"] for place in data.summary["matched"]["kl"]}
-    return {kl: max((gap for line in lines if (gap := _gap(line, kl)) is not None), default=0.0) for kl in places}
+def apart(data: Data) -> dict[float, dict[str, str]]:
+    """Place -> arm -> KL of the two evaluations around it, of the run where they lie farthest apart: *0–2.5 nats*.
+
+    Empty where no run of the arm gets there.
+    """
+    places = [place["at"] for place in data.summary["matched"]["kl"]]
+    lines = {arm: [[row["kl"] for row in rows] for rows in _lines(data, arm)] for arm in data.arms}
+    return {kl: {arm: _widest(each, kl) for arm, each in lines.items()} for kl in places}
 
 
-def _gap(kls: list[float], target: float) -> float | None:
-    place = crossing(kls, target)
-    if place is None:
-        return None
-    return kls[place[0]] - (kls[place[0] - 1] if place[0] else 0.0)
+def _widest(lines: Sequence[Sequence[float]], target: float) -> str:
+    found = [(kls, place[0]) for kls in lines if (place := crossing(kls, target))]
+    around = [(kls[k - 1] if k else 0.0, kls[k]) for kls, k in found]
+    if not around:
+        return ""
+    low, high = max(around, key=lambda pair: pair[1] - pair[0])
+    return f"{float(f'{low:.3g}') if low >= 0.005 else 0:g}–{rough(high)}"  # before training it is 0 but for rounding
 
 
 def short(data: Data) -> str:

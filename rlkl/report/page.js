@@ -35,15 +35,15 @@
       all("span", group).forEach((token, t) => {
         const x = values[t] ?? 0;
         negative ||= x < -most / 1000; // an exact KL is below 0 by rounding alone
-        const share = most ? Math.round(55 * Math.sqrt(Math.abs(x) / most)) : 0;
+        const share = most ? Math.round(55 * Math.sqrt(Math.min(1, Math.abs(x) / most))) : 0;
         const colour = x < 0 ? "--less" : "--more";
         token.style.backgroundColor = share ? `color-mix(in srgb, var(${colour}) ${share}%, var(--ground))` : "";
       });
     }
     scale.hidden = !most;
     scale.querySelector(".bar").classList.toggle("one", !negative);
-    scale.querySelector(".less").textContent = negative ? say(-most) : "0";
-    scale.querySelector(".more").textContent = say(most);
+    scale.querySelector(".less").textContent = negative ? `≤ ${say(-most)}` : "0";
+    scale.querySelector(".more").textContent = `≥ ${say(most)}`;
   };
   for (const radio of all("input[name=measure]")) radio.addEventListener("change", () => paint(radio.value));
   const chosen = document.querySelector("input[name=measure]:checked");

@@ -1,8 +1,10 @@
 """Completions of the same prompts side by side: what each arm writes, and the numbers of its tokens."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median_low
 from typing import Any
 
 from markupsafe import escape
@@ -53,10 +55,18 @@ class Shown:
 
     @property
     def scale(self) -> dict[str, float]:
-        """The largest size of each measure on the page: full colour."""
-        return {
-            key: max((abs(x) for one in self.numbers for x in one.get(key, ())), default=0.0) for key in self.measures
-        }
+        """The size of each measure from which on its colour is full: of the 99th percentiles of arms the median.
+
+        The largest size would let one arm that has collapsed leave the tokens of all others without a colour.
+        """
+        cells = [cell for _, _, each in self.prompts for cell in each]
+        found: dict[str, float] = {}
+        for key in self.measures:
+            sizes: dict[str, list[float]] = {}
+            for cell in cells:
+                sizes.setdefault(cell.who, []).extend(abs(x) for x in self.numbers[cell.index].get(key, ()) if x)
+            found[key] = median_low([_percentile(xs) for xs in sizes.values() if xs] or [0.0])
+        return found
 
     def data(self) -> dict[str, Any]:
         """What the page's script reads."""
@@ -125,6 +135,11 @@ def _cell(who: str, row: Row, index: int, most: int | None = None) -> Cell:
 
 def _numbers(row: Row, most: int | None = None) -> dict[str, list[float]]:
     return {key: _short(xs[:most]) for key, xs in (row.get("tokens") or {}).items() if key != "text"}
+
+
+def _percentile(sizes: Sequence[float]) -> float:
+    """The 99th, by nearest rank."""
+    return sorted(sizes)[math.ceil(0.99 * len(sizes)) - 1]
 
 
 def _short(xs: Sequence[float]) -> list[float]:
