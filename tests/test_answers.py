@@ -112,7 +112,8 @@ def test_factors_are_told_apart_the_rest_being_equal(tmp_path):
     folder = compared(tmp_path, TWO, [0, 1, 2], law, axes={"kl.beta": [0.05, 0.2]})
     found = {one.question: one for one in answers(load([folder]))}
     arms = found["Which arm gets the most gold, the rest being equal?"]
-    assert arms.answer == "high is above low at 1 nat, 2 nats and the end. 3 of 3 tested differences are shown."
+    void = " At 5 nats no combination has results of both."
+    assert arms.answer == f"high is above low at 1 nat, 2 nats and the end. 3 of 3 tested differences are shown.{void}"
     assert arms.points[0] == "at 1 nat: high is above low by 0.201"
     assert next(iter(found)) == arms.question
     assert arms.details[0].startswith("at 1 nat, high against low: +0.201 [+0.1")
@@ -331,6 +332,29 @@ def test_values_of_a_factor_that_share_no_combination_are_named(tmp_path):
     folder = compared(tmp_path, TWO, [0, 1, 2], alike, axes=axes, exclude=exclude)
     said = answer(folder, "Which value of β gets the most gold, the rest being equal?").answer
     assert "Nothing can be said of 0.05 and 0.2; 0.1 and 0.2: no combination of the rest has results of both." in said
+
+
+def test_places_where_a_factor_is_not_compared_are_named(tmp_path):
+    folder = compared(tmp_path, TWO, [0, 1, 2], alike, axes={"kl.beta": [0.05, 0.2]})
+    for seed in (0, 1, 2):
+        stretch(folder, f"low,beta=0.2,seed={seed}", 2.0)
+    question = "Which arm gets the most gold, the rest being equal?"
+    assert answer(folder, question).answer.endswith(" At 5 nats no combination has results of both.")
+    assert " At 1 nat no" not in answer(folder, question).answer
+
+
+def test_runs_that_are_the_same_up_to_a_place_are_named_in_a_factor(tmp_path):
+    folder = compared(tmp_path, TWO, [0, 1, 2], steady, axes={"train.budget.labels": [160, 640]})
+    for seed in (0, 1, 2):
+        rewrite(
+            folder,
+            f"low,labels=160,seed={seed}",
+            lambda row: {**row, "reward/eval/gold": row["reward/eval/gold"] / (1 + (row["step"] > 10))},
+        )
+    details = answer(folder, "Which arm gets the most gold, the rest being equal?").details
+    assert "at 1 nat: low,labels=160 and low,labels=640 are the same runs up to there" in details
+    assert "at the end: high,labels=160 and high,labels=640 are the same runs up to there" in details
+    assert not any(text.startswith("at the end: low") for text in details)
 
 
 def test_a_comparison_of_two_arms_reads_both_ways():

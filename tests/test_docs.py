@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from rlkl import reference, settings
 from rlkl.config import dump
+from rlkl.grid import plan
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,6 +53,14 @@ def test_the_tree_in_the_readme_is_the_tree():
     linked = [ROOT / "rlkl" / "trainers", ROOT / "rlkl" / "rewards"]
     kept = {str(p.relative_to(ROOT)) for p in there if not any(p.is_relative_to(link) for link in linked)}
     assert sorted(named) == sorted(kept)
+
+
+def test_the_snippets_of_comparisons_are_one_whole_with_or_without_what_is_left_out(tmp_path):
+    page = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
+    tree = yaml.safe_load("".join(re.findall(r"```yaml\n(.*?)```", page, re.S)[:2]))
+    tree |= {"base": str(ROOT / "configs" / tree["base"]), "folder": str(tmp_path)}
+    assert len(plan.make(tree).arms) == 5
+    assert len(plan.make({key: x for key, x in tree.items() if key != "exclude"}).arms) == 8
 
 
 RUNS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.name != "fix.yaml"]  # a comparison

@@ -22,6 +22,7 @@ from rlkl.report.words import (
     untested,
     versus,
 )
+from rlkl.statistics.frontier import crossing
 from rlkl.statistics.intervals import FEWEST
 
 NATS = (1.0, 2.0, 5.0)
@@ -133,16 +134,20 @@ def _factors(data: Data) -> Iterator[Answer]:
     places = [(nats(place["at"]), place["factors"]) for place in data.summary["matched"]["kl"]]
     if not data.summary.get("match_kl"):
         places.append(("the end", data.summary["factors"]))
+    same = _same(data)
     for factor in dict.fromkeys(one["factor"] for _, found in places for one in found):
         said = {where: one["pairs"] for where, found in places for one in found if one["factor"] == factor}
         every = [pair for pairs in said.values() for pair in pairs]
         of = "value of " if all(_value(factor, pair["a"]) != pair["a"] for pair in every) else ""
         question = f"Which {of}{_called(factor)} gets the most {data.gold}, the rest being equal?"
-        left = _left_out(data, every) + _apart(data, factor, every)
-        details = tuple(
-            f"at {where}, {_value(factor, pair['b'])} against {_value(factor, pair['a'])}: {difference(pair)}"
-            for where, pairs in said.items()
-            for pair in pairs
+        left = _left_out(data, every) + _apart(data, factor, every) + _nowhere(data, factor, said)
+        details = (
+            *(
+                f"at {where}, {_value(factor, pair['b'])} against {_value(factor, pair['a'])}: {difference(pair)}"
+                for where, pairs in said.items()
+                for pair in pairs
+            ),
+            *same,
         )
         if not any(pair["interval"] for pair in every):
             whys = listed(list(dict.fromkeys(map(untested, every))))
@@ -171,6 +176,48 @@ def _apart(data: Data, factor: str, pairs: Sequence[Tree]) -> str:
     if not left:
         return ""
     return f" Nothing can be said of {'; '.join(left[:3])}{f'; {len(left) - 3} more' * (len(left) > 3)}: {_APART}."
+
+
+def _nowhere(data: Data, factor: str, said: Mapping[str, Sequence[Tree]]) -> str:
+    """The places at which values are not compared that are compared elsewhere."""
+    match = data.summary.get("match_kl")
+    wanted = [nats(kl) for kl in sorted({*NATS, *([match] if match else [])})]
+    every = dict.fromkeys((pair["a"], pair["b"]) for pairs in said.values() for pair in pairs)
+    void: dict[str, list[str]] = {}
+    for where in dict.fromkeys((*wanted, *said)):
+        here = {(pair["a"], pair["b"]) for pair in said.get(where, ())}
+        gone = [f"{_value(factor, a)} and {_value(factor, b)}" for a, b in every if (a, b) not in here]
+        if gone:
+            of = f"both of {'; of '.join(gone[:3])}{f'; {len(gone) - 3} more' * (len(gone) > 3)}"
+            if len(gone) == len(every):
+                of = "two values" if len(every) > 1 else "both"
+            void.setdefault(of, []).append(where)
+    return "".join(f" At {listed(wheres)} no combination has results of {of}." for of, wheres in void.items())
+
+
+def _same(data: Data) -> list[str]:
+    """Where runs of several arms are the very same up to a place: there they are one result, counted several times."""
+    places = [place["at"] for place in data.summary["matched"]["kl"]]
+    found = []
+    for kl in [*places, *([] if data.summary.get("match_kl") else [None])]:
+        groups: dict[str, list[str]] = {}
+        for arm in data.arms:
+            if until := {m.seed: path for m in data.of(arm) if (path := _until(data, m.name, kl))}:
+                groups.setdefault(repr(until), []).append(arm)
+        where = "the end" if kl is None else nats(kl)
+        found += [
+            f"at {where}: {listed(arms)} are the same runs up to there" for arms in groups.values() if len(arms) > 1
+        ]
+    return found
+
+
+def _until(data: Data, run: str, kl: float | None) -> list[tuple[float, float]]:
+    """KL and gold of a run's evaluations up to the first behind a KL, or to its end; empty where it gets not there."""
+    rows = [(row["kl"], row["gold"]) for row in data.summary["runs"][run]["evaluations"] or []]
+    if kl is None:
+        return rows
+    place = crossing([x for x, _ in rows], kl)
+    return rows[: place[0] + 1] if place else []
 
 
 _APART = "no combination of the rest has results of both"

@@ -122,6 +122,9 @@ def load(folders: Sequence[str | Path], gold: str | None = None) -> Data:
     members = _distinct(members)
     chosen = gold or (plans[0].gold if plans else next(iter(members[0].config.rewards), ""))
     whole = _whole(plans, members, chosen)
+    if gold and not any(gold in member.config.rewards for member in members):
+        there = ", ".join(dict.fromkeys(name for member in members for name in member.config.rewards))
+        raise ValueError(f"--gold {gold}: no run has a reward of that name; there are {there}")
     members = [_judged(member, chosen) for member in members]
     if all(member.error is not None for member in members):
         raise ValueError("\n".join(f"{m.name}: {m.error}" for m in members[:3]) + "\nno run has anything to report")
