@@ -140,12 +140,8 @@ def test_the_line_of_an_evaluation_tells_what_moved() -> None:
 def test_the_figure_of_a_run_without_rewards_has_a_panel_for_each_thing_it_has(
     tiny_config: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import matplotlib.figure
-
     titles: list[list[str]] = []
-    monkeypatch.setattr(
-        matplotlib.figure.Figure, "savefig", lambda self, *_, **__: titles.append([a.get_title() for a in self.axes])
-    )
+    monkeypatch.setattr(plots, "_save", lambda figure, path: titles.append([a.get_title() for a in figure.axes]))
     rows = [{"step": 0, "kl/sequence": 0.0, "kl/sequence_stderr": None}]
     moves = {"annotated/change/bad": -1.0, "annotated/change/bad_stderr": None}
     reward = {"reward/eval/x": 1.0, "reward/eval/x_stderr": 0.1}
