@@ -326,6 +326,7 @@ def test_files_of_a_finished_run_that_cannot_be_read_fail_that_run_alone(trio, m
         ("metrics.jsonl", lambda text: b"", "holds no evaluation"),
         ("metrics.jsonl", lambda text: None, "is missing"),
         ("metrics.jsonl", lambda text: text[:9] + text[30:], "cannot be read: line 1 is no row"),
+        ("metrics.jsonl", lambda text: text[: text.index(b"\n") + 1], "lacks evaluations that evaluations.jsonl has"),
         ("evaluations.jsonl", lambda text: text[:-20], "cannot be read: line 3 is no row"),
         ("evaluations.jsonl", lambda text: text[: text.index(b"\n") + 1], "lacks evaluations that metrics.jsonl has"),
         ("samples.jsonl", lambda text: b"{" + text, "cannot be read: line 1 is no row"),
@@ -338,7 +339,7 @@ def test_files_of_a_finished_run_that_cannot_be_read_fail_that_run_alone(trio, m
             (folder / name).write_bytes(left)
         told = f"{folder / name} {what}; bring it back, or delete {folder} and compare again to redo the run"
         assert results.damage(folder) == told
-        if k in (0, 3):
+        if k in (0, 4):
             code, out, err = said("trio.yaml")
             assert (code, err) == (1, "rlkl: 1 of 6 runs failed; 1 of them had finished, and is kept\n")
             assert f"ppo,seed=1: FAILED: {told}" in out.splitlines()

@@ -183,6 +183,20 @@ def test_on_a_tty_there_is_a_live_table(runs, monkeypatch):
     assert "running" in sys.stdout.getvalue()
 
 
+def test_time_left_counts_runs_without_a_step_and_lasts_as_long_as_the_longest(runs, monkeypatch):
+    monkeypatch.setattr(board, "time", clock := SimpleNamespace(monotonic=lambda: clock.now, now=0.0))
+    shown = board.Board(runs, {run.config.name for run in runs[2:]}, "letters", 2)
+    for run in runs[:2]:
+        shown.note("started", run.config.name)
+        shown.note("made", run.config.name)
+    clock.now = 30.0
+    shown.rows[runs[0].config.name].step = 1  # of 2
+    assert shown.summary() == "2 of 4 runs done, about 45 s left"  # (30 to go + 60 of the other) / 2
+    clock.now = 2.0
+    shown.rows[runs[1].config.name].step = 2  # about to end
+    assert shown.summary() == "2 of 4 runs done, about 2 s left"  # of the one, not half of it
+
+
 def test_where_rows_do_not_fit_what_fails_and_runs_is_shown(runs, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Tty())
     monkeypatch.setenv("LINES", "10")

@@ -65,6 +65,18 @@ def test_the_exact_frontier_is_read_where_its_gold_is_asked_for(tmp_path):
     assert other["exact"] is None and other["area"]["normaliser"] == "range"
 
 
+def test_runs_that_an_interrupted_overwrite_left_as_they_were_count_nowhere(tmp_path):
+    folder = compared(tmp_path, TWO, [0], steady)
+    text = (folder / "compare.yaml").read_text()
+    (folder / "compare.yaml").write_text(text.replace("learning_rate: 0.002", "learning_rate: 0.004"))
+    data = load([folder])
+    assert [member.name for member in data.failed] == ["high,seed=0"]
+    assert data.failed[0].error == (
+        "finished with optimiser.learning_rate 0.002, now 0.004; compare again with --overwrite to redo the run"
+    )
+    assert [row["finished"] for row in data.summary["arms"].values()] == [1, 0]
+
+
 def test_several_comparisons_keep_what_they_say_is_compared(tmp_path):
     axes = {"kl.beta": [0.05, 0.2]}
     one = compared(tmp_path / "1", WHITE, [0], steady, name="one", compared=["credit.whiten_advantages"])
@@ -235,6 +247,7 @@ def test_how_far_evaluations_lie_apart_stands_with_each_arm(tmp_path):
     path = folder / "low,seed=0/metrics.jsonl"
     rows = list(read_rows(path))
     write_jsonl(path, [{**rows[0], "kl/sequence": -1e-9}, {**rows[-1], "kl/sequence": 12.7}])
+    path.with_name("evaluations.jsonl").unlink()
     table = (
         said([folder], tmp_path / "page.html").split("farthest apart of a run of the arm")[1].split("Between two")[0]
     )

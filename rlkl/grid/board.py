@@ -133,15 +133,18 @@ class Board:
         return text + (f", about {_time(left)} left" if left else "")
 
     def _left(self) -> float | None:
-        """Seconds to the end: what runs at its own pace, what waits at the mean pace so far, shared by the workers."""
+        """Seconds to the end: what runs at its own pace, what has made no step yet at the mean pace so far, shared by
+        the workers; at least until the last of what runs is done.
+        """
         rows = list(self.rows.values())
-        ended = [row.ended - row.started for row in rows if row.state == "finished"]
-        running = [row for row in rows if row.left is not None]
-        whole = [*ended, *((row.left or 0.0) + time.monotonic() - row.started for row in running)]
+        lefts = [(row, left) for row in rows if (left := row.left) is not None]
+        whole = [row.ended - row.started for row in rows if row.state == "finished"]
+        whole += [left + time.monotonic() - row.started for row, left in lefts]
         if not whole:
             return None
-        mean, waiting = sum(whole) / len(whole), [row for row in rows if row.state in ("waiting", "preparing")]
-        return (sum(row.left or 0.0 for row in running) + mean * len(waiting)) / self.workers
+        ahead = sum(row.state in ("waiting", "preparing", "running") for row in rows) - len(lefts)
+        total = sum(left for _, left in lefts) + ahead * sum(whole) / len(whole)
+        return max(total / self.workers, *(left for _, left in lefts), 0.0)
 
     def _read(self, row: Progress) -> None:
         """Take in what its metrics.jsonl has grown by."""

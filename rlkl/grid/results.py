@@ -133,8 +133,11 @@ def damage(folder: Path) -> str | None:
             steps = {row["step"] for row in rows or () if "kl/sequence" in row}
             if not steps:
                 wrong.append(f"{folder / name} {'is missing' if rows is None else 'holds no evaluation'}")
-        elif name == "evaluations.jsonl" and rows is not None and not steps <= {row["step"] for row in rows}:
-            wrong.append(f"{folder / name} lacks evaluations that metrics.jsonl has")
+        elif (
+            name == "evaluations.jsonl" and steps and rows is not None and steps != (there := {r["step"] for r in rows})
+        ):
+            short, long = (name, "metrics.jsonl") if steps - there else ("metrics.jsonl", name)
+            wrong.append(f"{folder / short} lacks evaluations that {long} has")
     return f"{'; '.join(wrong)}; bring it back, or delete {folder} and compare again to redo the run" if wrong else None
 
 

@@ -218,7 +218,11 @@ def _judged(member: Member, gold: str) -> Member:
     if gold not in member.config.rewards:
         return replace(member, error=f"has no reward called {gold}; name another --gold")
     if settings.finished(member.folder):
-        return replace(member, error=results.damage(member.folder))
+        other = settings.differences(member.folder, member.config)  # left by --overwrite that did not get there
+        told = (
+            f"finished with {'; '.join(other[:3])}; compare again with --overwrite to redo the run" if other else None
+        )
+        return replace(member, error=told or results.damage(member.folder))
     path = member.folder / "error.txt"
     if path.is_file():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
