@@ -132,16 +132,16 @@ def test_where_one_arm_overtakes_another_is_found_between_two_budgets(tmp_path):
         return 0.3 + (0.2 if better else 0.1) * kl**0.5 + 0.002 * (seed - 1)
 
     folder = compared(tmp_path, TWO, [0, 1, 2], crossing, axes={"train.budget.queries": [100, 200, 300, 400]})
-    said = answer(folder, "At what label budget does one of low and high overtake the other?")
+    said = answer(folder, "At what budget of queries does one of low and high overtake the other?")
     assert said.answer == (
-        "high overtakes low between 200 and 300 labels. Gold is read at the end of training."
-        " Warning: low ends with the very same gold and KL at 100 and 200, at 300 and 400 labels: "
+        "high overtakes low between 200 and 300 queries. Gold is read at the end of training."
+        " Warning: low ends with the very same gold and KL at 100 and 200, at 300 and 400 queries: "
         "these budgets do not bind."
-        " Warning: high ends with the very same gold and KL at 100 and 200, at 300 and 400 labels: "
+        " Warning: high ends with the very same gold and KL at 100 and 200, at 300 and 400 queries: "
         "these budgets do not bind."
     )
     assert said.points[0].startswith(
-        "100 labels: low 0.700 [0.695, 0.705] at 4 nats, high 0.500 [0.495, 0.505] at 4 nats"
+        "100 queries: low 0.700 [0.695, 0.705] at 4 nats, high 0.500 [0.495, 0.505] at 4 nats"
     )
     assert [point.rpartition("; ")[2] for point in said.points] == [
         "low leads",
@@ -155,13 +155,13 @@ def test_budgets_are_compared_at_the_end_whatever_kl_is_matched(tmp_path):
     """At 1 nat, the matched KL, runs of every budget are the same; later they are not."""
 
     def law(arm: str, seed: int, kl: float) -> float:
-        budget = float(arm.split("queries=")[1])
+        budget = float(arm.split("labels=")[1])
         worth = budget if arm.startswith("high") else 250
         return 0.3 + 0.002 * (seed - 1) + (0.0005 * worth if kl > 1 else 0.0)
 
-    axes = {"train.budget.queries": [100, 200, 300, 400]}
+    axes = {"train.budget.labels": [100, 200, 300, 400]}
     folder = compared(tmp_path, TWO, [0, 1, 2], law, axes=axes, match_kl=1)
-    said = answer(folder, "At what label budget does one of low and high overtake the other?")
+    said = answer(folder, "At what budget of labels does one of low and high overtake the other?")
     assert said.answer.startswith(
         "high overtakes low between 200 and 300 labels. Gold is read at the end of training, not at match_kl."
     )

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,34 @@ def test_runs_that_an_interrupted_overwrite_left_as_they_were_count_nowhere(tmp_
         "finished with optimiser.learning_rate 0.002, now 0.004; compare again with --overwrite to redo the run"
     )
     assert [row["finished"] for row in data.summary["arms"].values()] == [1, 0]
+
+
+@pytest.mark.parametrize("harm", ["deleted", "unfinished"])
+def test_a_run_that_is_gone_since_the_summary_counts_in_no_mean(tmp_path, harm):
+    folder = compared(tmp_path, TWO, [0, 1, 2, 3], steady)
+    compare.conclude(plan.make(folder / "compare.yaml"), {})
+    shutil.rmtree(folder / "high,seed=2" if harm == "deleted" else folder / "high,seed=2/final")
+    data = load([folder])
+    assert [m.name for m in data.failed] == ["high,seed=2"]
+    assert data.summary["arms"]["high"]["gold"]["n"] == 3
+
+
+def test_a_damaged_summary_is_made_anew(tmp_path):
+    folder = compared(tmp_path, TWO, [0], steady)
+    (folder / "summary.json").write_text('{"runs": ')
+    assert load([folder]).summary["arms"]["high"]["gold"]["mean"] == pytest.approx(0.69)
+
+
+def test_runs_that_never_leave_their_reference_are_drawn(tmp_path):
+    """Their exact KL is 0 but for rounding, which may be below it."""
+    folder = compared(tmp_path, TWO, [0, 1, 2], steady)
+    still = [*folder.glob("low,*/metrics.jsonl"), *folder.glob("high,seed=0/metrics.jsonl")]
+    for path in still:
+        write_jsonl(path, [{**row, "kl/sequence": -1e-9} for row in read_rows(path)])
+    assert "low 0.300 to 0.500 at 0 nats" in build.report([folder], tmp_path / "page.html").read_text(encoding="utf-8")
+    for path in folder.glob("high,*/metrics.jsonl"):
+        write_jsonl(path, [{**row, "kl/sequence": -1e-9} for row in read_rows(path)])
+    assert "high 0.300 to 0.700 at 0 nats" in build.report([folder], tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_several_comparisons_keep_what_they_say_is_compared(tmp_path):

@@ -1,4 +1,4 @@
-"""At what label budget one family of arms overtakes another, by gold at the end of training."""
+"""At what budget of labels or queries one family of arms overtakes another, by gold at the end of training."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,18 +10,18 @@ from rlkl.report.tally import ends, none, pair, share
 from rlkl.report.words import Answer, Tree, cell, difference, listed, nats, told, untested
 from rlkl.statistics import pairwise
 
-BUDGETS = ("budget", "budgets", "labels", "queries", "label_budget", "max_queries")
-"""Last parts of axes that are label budgets."""
+BUDGETS = ("budget", "labels", "queries")
+"""What the names of axes that are budgets end in; they are of labels unless they say queries."""
 Family = Mapping[float, str]
 """Budget -> arm."""
 
 
 def answers(data: Data) -> Iterator[Answer]:
-    """Every two families that have two or more budgets in common."""
-    families: dict[str, dict[float, str]] = {}
+    """Every two families that have two or more budgets of the same in common."""
+    families: dict[tuple[str, str], dict[float, str]] = {}
     for arm in data.arms:
         values = coordinates(arm)
-        axis = next((key for key in values if key.rpartition(".")[2] in BUDGETS), None)
+        axis = next((key for key in values if key.endswith(BUDGETS)), None)
         if axis is None:
             continue
         try:
@@ -29,30 +29,32 @@ def answers(data: Data) -> Iterator[Answer]:
         except ValueError:
             continue
         name = ",".join([values.pop("arm"), *(f"{k}={v}" for k, v in values.items())])
-        families.setdefault(name, {})[budget] = arm
-    for one, other in itertools.combinations(families, 2):
-        shared = sorted(set(families[one]) & set(families[other]))
-        if len(shared) > 1:
-            yield _overtaking(data, (one, families[one]), (other, families[other]), shared)
+        families.setdefault(("queries" if axis.endswith("queries") else "labels", name), {})[budget] = arm
+    for ((unit, one), left), ((other_unit, other), right) in itertools.combinations(families.items(), 2):
+        shared = sorted(set(left) & set(right))
+        if unit == other_unit and len(shared) > 1:
+            yield _overtaking(data, unit, (one, left), (other, right), shared)
 
 
-def _overtaking(data: Data, a: tuple[str, Family], b: tuple[str, Family], budgets: Sequence[float]) -> Answer:
-    """Who leads at which budget: what so many labels have bought when training ends, whatever ``match_kl`` is."""
+def _overtaking(
+    data: Data, unit: str, a: tuple[str, Family], b: tuple[str, Family], budgets: Sequence[float]
+) -> Answer:
+    """Who leads at which budget: what it has bought when training ends, whatever ``match_kl`` is."""
     (one, left), (other, right) = a, b
     golds = {arm: ends(data, arm, "gold") for family in (left, right) for arm in family.values()}
     both = [x for x in budgets if golds[left[x]] and golds[right[x]]]
     pairs = dict(zip(both, pairwise.corrected([_pair(golds, left[x], right[x]) for x in both]), strict=True))
     points = [
-        f"{x:,.0f} labels: {one} {_side(data, left[x])}, {other} {_side(data, right[x])}; {_lead(one, other, pair_)}"
+        f"{x:,.0f} {unit}: {one} {_side(data, left[x])}, {other} {_side(data, right[x])}; {_lead(one, other, pair_)}"
         for x, pair_ in pairs.items()
     ]
     void = [family[x] for x in budgets if x not in both for family in (left, right) if not golds[family[x]]]
     place = f" {data.gold[0].upper()}{data.gold[1:]} is read at the end of training"
     place += ", not at match_kl." if data.summary.get("match_kl") else "."
-    same = "".join(_unbound(data, name, family) for name, family in (a, b))
-    text = _head(one, other, pairs) + place + same + none(data, void, "finished")
-    details = [f"{x:,.0f} labels, {other} against {one}: {difference(pair_)}" for x, pair_ in pairs.items()]
-    question = f"At what label budget does one of {one} and {other} overtake the other?"
+    same = "".join(_unbound(data, unit, name, family) for name, family in (a, b))
+    text = _head(unit, one, other, pairs) + place + same + none(data, void, "finished")
+    details = [f"{x:,.0f} {unit}, {other} against {one}: {difference(pair_)}" for x, pair_ in pairs.items()]
+    question = f"At what budget of {unit} does one of {one} and {other} overtake the other?"
     return Answer(question, text, tuple(details), tuple(points))
 
 
@@ -67,7 +69,7 @@ def _pair(golds: Mapping[str, Mapping[int, float]], a: str, b: str) -> Tree:
     }
 
 
-def _head(one: str, other: str, pairs: Mapping[float, Tree]) -> str:
+def _head(unit: str, one: str, other: str, pairs: Mapping[float, Tree]) -> str:
     """Whether and where one overtakes the other."""
     if not any(pair_["interval"] for pair_ in pairs.values()):
         whys = listed(list(dict.fromkeys(map(untested, pairs.values())))) if pairs else "no budget has two results"
@@ -76,11 +78,11 @@ def _head(one: str, other: str, pairs: Mapping[float, Tree]) -> str:
     turns = [(x, y) for x, y in itertools.pairwise(leads) if leads[x] != leads[y]]
     if turns:
         x, y = turns[-1]
-        return f"{leads[y]} overtakes {leads[x]} between {x:,.0f} and {y:,.0f} labels."
+        return f"{leads[y]} overtakes {leads[x]} between {x:,.0f} and {y:,.0f} {unit}."
     if not leads:
         return "At no budget can a difference be told."
     where = listed([f"{x:,.0f}" for x in leads], most=len(leads))
-    return f"No overtaking is shown: {next(iter(leads.values()))} leads at {where} labels."
+    return f"No overtaking is shown: {next(iter(leads.values()))} leads at {where} {unit}."
 
 
 def _lead(one: str, other: str, pair_: Tree) -> str:
@@ -96,7 +98,7 @@ def _side(data: Data, arm: str) -> str:
     return f"{found}{share(data, arm, len(golds))} at {nats(sum(kls.values()) / len(kls))}"
 
 
-def _unbound(data: Data, name: str, family: Family) -> str:
+def _unbound(data: Data, unit: str, name: str, family: Family) -> str:
     """A warning where budgets of a family end in the very same runs: a cap that nothing reaches compares nothing."""
     groups: dict[str, list[float]] = {}
     for x, arm in sorted(family.items()):
@@ -106,6 +108,6 @@ def _unbound(data: Data, name: str, family: Family) -> str:
     if not alike:
         return ""
     return (
-        f" Warning: {name} ends with the very same {data.gold} and KL at {', at '.join(alike)} labels: "
+        f" Warning: {name} ends with the very same {data.gold} and KL at {', at '.join(alike)} {unit}: "
         "these budgets do not bind."
     )

@@ -49,7 +49,7 @@ def frontier(data: Data, styles: Mapping[str, Style], what: str, label: str) -> 
     title = f"{label[0].upper()}{label[1:]} against KL"
 
     def draw(axis: Any, mine: Mapping[str, Sequence[Line]]) -> list[str]:
-        most = max(max(kls) for lines in mine.values() for kls, _ in lines) or 1.0
+        most = max(0.0, *(max(kls) for lines in mine.values() for kls, _ in lines)) or 1.0
         if what == "gold" and data.summary.get("exact"):
             near = [
                 [point for point in data.summary.get(name) or [] if point["kl"] <= most * 1.05]
@@ -59,7 +59,7 @@ def frontier(data: Data, styles: Mapping[str, Style], what: str, label: str) -> 
         said = []
         for arm, lines in mine.items():
             _thin(axis, lines, styles[arm], _most(runs))
-            reach = min(max(kls) for kls, _ in lines)
+            reach = max(0.0, min(max(kls) for kls, _ in lines))
             grid = (np.linspace(0, math.sqrt(reach), GRID) ** 2).clip(max=reach)
             curves = [[at_kl(kls, values, x) if x else values[0] for x in grid] for kls, values in lines]
             _mean(axis, grid, curves, styles[arm], len(mine) <= facets.MOST, _most(runs))

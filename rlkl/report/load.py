@@ -130,21 +130,20 @@ def load(folders: Sequence[str | Path], gold: str | None = None) -> Data:
         raise ValueError("\n".join(f"{m.name}: {m.error}" for m in members[:3]) + "\nno run has anything to report")
     stored = _stored(Path(folders[0]), members) if len(folders) == 1 and plans and chosen == plans[0].gold else None
     summary = stored or _summary(whole, members, _exact(list(map(Path, folders)), plans, chosen))
-    named = {m.name: summary["runs"][m.name]["error"] for m in members}
-    return Data(whole, summary, [replace(m, error=named[m.name] or m.error) for m in members], compared)
+    return Data(whole, summary, [replace(m, error=summary["runs"][m.name]["error"]) for m in members], compared)
 
 
 def _stored(folder: Path, members: Sequence[Member]) -> Row | None:
-    """summary.json of a comparison, unless it is of other runs, of a version that stated less, or changed since."""
+    """summary.json of a comparison, unless it is damaged, of other runs, of a version that stated less, or old."""
     path = folder / "summary.json"
-    if not path.is_file():
+    try:
+        found: Row = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    found: Row = json.loads(path.read_text(encoding="utf-8"))
     written = [m.folder / "metrics.jsonl" for m in members]
     newer = [file for file in written if file.is_file() and file.stat().st_mtime > path.stat().st_mtime]
     same = set(found["runs"]) == {m.name for m in members} and "factors" in found
-    harmed = any(m.error is not None and settings.finished(m.folder) for m in members)
-    return found if same and not newer and not harmed else None
+    return found if same and not newer and all(found["runs"][m.name]["error"] for m in members if m.error) else None
 
 
 def _distinct(members: Sequence[Member]) -> list[Member]:

@@ -72,8 +72,8 @@ def short(data: Data) -> str:
 
 
 def rough(kl: float) -> str:
-    """A KL to three digits."""
-    return nats(float(f"{kl:.3g}"))
+    """A KL to three digits; an estimate is below 0 by rounding alone."""
+    return nats(float(f"{max(kl, 0.0):.3g}"))
 
 
 def held(data: Data) -> list[Held]:
