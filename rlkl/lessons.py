@@ -1,5 +1,6 @@
 """Sources of rewards that learn, before the first step and in the course of a run, and what they ask for."""
 
+import time
 from collections.abc import Callable
 
 from rlkl import RunError, Stopped
@@ -7,16 +8,25 @@ from rlkl.lane import Lane, draw
 from rlkl.sampling import PREPARE
 from rlkl.types import Rollout
 
+QUIET = 10.0
+"""Seconds between two lines of progress before the first step."""
 
-def prepare(lane: Lane, asked: Callable[[], int] = int) -> dict[str, float]:
-    """Let them learn from samples of the untrained policy: metrics and counts, if any did.
+
+def prepare(lane: Lane, asked: Callable[[], int] = int, say: Callable[[str], object] = str) -> dict[str, float]:
+    """Let them learn from samples of the untrained policy, ``say`` how far they are: metrics and counts, if any did.
 
     Raises:
         RunError: a labeller or a training failed.
         Stopped: ``asked()`` gave an exit code; of what they learned nothing is kept.
     """
+    wanted = sum(source.taught[0] for source in lane.config.rewards.values())
+    each, said = lane.config.rollout.prompts * lane.config.samples, time.monotonic()
 
     def samples(k: int) -> Rollout:
+        nonlocal said
+        if k and (now := time.monotonic()) - said >= QUIET:
+            said = now
+            say(f"before the first step: asked about {k * each:,} samples so far; {wanted:,} labels are wanted")
         if code := asked():
             raise Stopped("stopped before the first step", code, said=lane.rank != 0)
         prompts = lane.train_prompts.batch(k + 1, lane.config.rollout.prompts)

@@ -88,7 +88,7 @@ def begin(lane: Lane, tracker: tracking.Tracker, asked: Callable[[], int]) -> No
         return
     kept = tracker.folder / "reference"
     artefacts.save_reference(lane.policy, lane.config, lane.tokenizer, kept, tracker.main)
-    before = assess(lane, tracker, 0, lessons.prepare(lane, asked))
+    before = assess(lane, tracker, 0, lessons.prepare(lane, asked, tracker.say))
     if lane.marked is not None and lane.stored is None:
         moved.keep(lane.marked, tracker.folder, tracker.main)
     tracker.say(*terminal.guidance(lane.config, before))

@@ -1,10 +1,12 @@
 """Reward models that learn from labels during a run: budgets, schedules, what they learn from, resuming, failures."""
 
+import itertools
 import json
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,6 +121,17 @@ def test_a_signal_while_it_learns_before_the_first_step_ends_the_run(
     assert not taught.fits and not list(Path("runs/tiny/checkpoints").glob("*"))
     monkeypatch.setattr(taught, "prefer", ask)
     assert metrics(rlkl.train(changed(config, budget=4000), ["rewards.rm.budget=12"], overwrite=True))
+
+
+@pytest.mark.usefixtures("quick")
+def test_how_far_the_labels_are_is_said_now_and_then(config: Tree, monkeypatch, capsys) -> None:
+    ticks = itertools.count(0, 6)  # a batch of 8 samples and 4 labels takes 6 seconds
+    monkeypatch.setattr(lessons, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    rlkl.train(changed(config, budget=40))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("before the first step")]
+    assert said == [
+        f"before the first step: asked about {n} samples so far; 40 labels are wanted" for n in (16, 32, 48, 64)
+    ]
 
 
 @pytest.mark.usefixtures("quick")
