@@ -10,10 +10,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rlkl.config import Config
+from rlkl.config import Config
+from rlkl.config.base import FUNCTION
 
 KEYS: dict[str, tuple[str, ...]] = {
     "path": (),
@@ -63,12 +63,12 @@ def _takes(function: Callable[..., Any], named: str, arguments: Sequence[str]) -
         raise ValueError(f"{named}: is called with ({asked}) and takes {signature}; let it take both") from None
 
 
-def named(config: "Config") -> Iterator[Asked]:
+def named(config: Config) -> Iterator[Asked]:
     """The functions of a run, as its rewards resolve them."""
     for name, source in config.rewards.items():
         for key, arguments in KEYS.items():
-            path = getattr(source, key, None)
-            if isinstance(path, str) and re.fullmatch(r"[\w.]+:\w+", path):
+            path = getattr(source, key, None) if (source.type, key) != ("learned", "path") else None  # a folder
+            if path is not None and re.fullmatch(FUNCTION, path):
                 yield path, f"rewards.{name}.{key}", arguments
 
 

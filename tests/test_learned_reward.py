@@ -14,7 +14,7 @@ from models import CHUNKED, EOS, build, make_rollout
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import rlkl
-from rlkl import RunError, scoring, settings
+from rlkl import RunError, importing, scoring, settings
 from rlkl.config import LearnedSource, dump
 from rlkl.rewards import reading
 from rlkl.rewards.learned import LearnedReward
@@ -213,6 +213,11 @@ def test_the_configuration_watches_gold_and_learns_from_the_model() -> None:
     config = settings.load(Path(__file__).parents[1] / "configs" / "rewards" / "learned.yaml")
     assert {name: source.weight for name, source in config.rewards.items()} == {"model": 1.0, "gold": 0.0}
     assert settings.load(dump(config)) == config
+
+
+def test_a_folder_named_like_a_function_is_none(tiny_config: Tree) -> None:
+    tiny_config["rewards"]["rm"] = {"type": "learned", "path": "judge:v2"}
+    assert list(importing.named(settings.load(tiny_config))) == [("conftest:varied", "rewards.varied.path", ())]
 
 
 # Scores of tokens, clip, and what did not end

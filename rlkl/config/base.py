@@ -6,6 +6,7 @@ from typing import Annotated, Any, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
+FUNCTION = r"^[\w.]+:\w+$"
 
 
 class Section(BaseModel):

@@ -5,10 +5,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from rlkl.config.base import Positive, RewardSource
+from rlkl.config.base import FUNCTION, Positive, RewardSource
 from rlkl.config.templates import fields, parts
 
-FUNCTION = r"[\w.]+:\w+"
 SCORED = ("x_prime", "completion")  # two names of the completion
 
 
@@ -49,7 +48,7 @@ class CounterfactualSource(RewardSource):
     )
     outcome: str | None = Field(
         None,
-        pattern=rf"^{FUNCTION}$",
+        pattern=FUNCTION,
         description="joint: module:function, (x, x_prime) -> the text y' that was observed; each answer is a label",
     )
     y_prime: str | None = Field(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rlkl.config.base import Positive, RewardSource
+from rlkl.config.base import FUNCTION, Positive, RewardSource
 from rlkl.config.reward_model import FitConfig
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class LearnedSource(RewardSource):
     micro_batch: Positive = Field(64, description="completions scored together; changes memory, not results")
     labeller: str | None = Field(
         None,
-        pattern=r"^[\w.]+:\w+$",
+        pattern=FUNCTION,
         description="module:function that stands for people, and the model learns from it during the run: level "
         "sequence: (completion, completion) -> 1 or 2 for the better, 0 for a tie; token: completion -> list of spans "
         "with start, end (code points) and label; null = the model is ready-made",

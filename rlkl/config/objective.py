@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from rlkl.config.base import Positive, RewardSource, Section
+from rlkl.config.base import FUNCTION, Positive, RewardSource, Section
 from rlkl.config.counterfactual import CounterfactualSource
 from rlkl.config.learned import LearnedSource
 from rlkl.config.overseer import OverseerSource
@@ -36,7 +36,7 @@ class FunctionSource(RewardSource):
     """A Python function as a reward: scalar in the manner of TRL, or one reward a token."""
 
     type: Literal["function"]
-    path: str = Field(pattern=r"^[\w.]+:\w+$", description="module:function")
+    path: str = Field(pattern=FUNCTION, description="module:function")
     level: Literal["sequence", "token"] = Field(
         "sequence",
         description="sequence: f(prompts, completions, **columns) -> list[float], paid at the last policy token; "
@@ -61,7 +61,7 @@ class AnnotationsSource(RewardSource):
     type: Literal["annotations"]
     labeller: str | None = Field(
         None,
-        pattern=r"^[\w.]+:\w+$",
+        pattern=FUNCTION,
         description="module:function, completion -> list of spans with start, end (code points) and label, one query a "
         "completion; null = the spans stored with annotated data, which new samples have not",
     )
