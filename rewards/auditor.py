@@ -50,9 +50,11 @@ def auditor(name: str, config: CounterfactualSource) -> Verdict | None:
     Raises:
         ValueError: it cannot be imported or loaded.
     """
-    if config.auditor is None or not config.classifies:
-        return None if config.auditor is None else resolve(config.auditor, f"rewards.{name}.auditor", "x", "x_prime")
     template, key = config.template_auditor, f"rewards.{name}.auditor"
+    if config.auditor is None:
+        return None
+    if not config.classifies:
+        return resolve(config.auditor, key, "x", "x_prime")
     try:
         return ClassifierAuditor(config.auditor, key, lambda x, y: template.format(x=x, x_prime=y))
     except ValueError as error:

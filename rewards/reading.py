@@ -56,14 +56,22 @@ def dense(rollout: Rollout, tokenizer: Any, policy: Any, level: str) -> Reading:
     Raises:
         ValueError: prompts are conversations, and the model's tokenizer has no chat template.
     """
+    asked = _prompts(rollout, tokenizer, policy)
+    made = completions(rollout, tokenizer, policy is None, level)
+    rows = [[*before, *ids] for before, ids in zip(asked, made.rows, strict=True)]
+    read = [[len(before) + t for t in own] for before, own in zip(asked, made.read, strict=True)]
+    return Reading(rows, read, made.paid)
+
+
+def completions(rollout: Rollout, tokenizer: Any, same: bool, level: str = "token") -> Reading:
+    """As :func:`dense`, of completions without their prompts; ``same``: the tokenizer is the policy's."""
     made = Reading([], [], [])
     end_id = tokenizer.eos_token_id
-    texts = rollout.texts() if level == "sentence" or policy is not None else [""] * len(rollout)
-    rows = zip(_prompts(rollout, tokenizer, policy), rollout.completion_ids(), texts, strict=True)
-    for asked, row, text in rows:
+    texts = rollout.texts() if level == "sentence" or not same else [""] * len(rollout)
+    for row, text in zip(rollout.completion_ids(), texts, strict=True):
         place: Decoded | Tokenised | None = None
         ids, paid = row, list(range(len(row)))
-        if policy is not None:
+        if not same:
             cut = settled(row, _decode(rollout), text, tokenizer)
             ids, paid, place = cut.ids, cut.paid, cut.place
         read = list(range(len(ids)))
@@ -74,25 +82,9 @@ def dense(rollout: Rollout, tokenizer: Any, policy: Any, level: str) -> Reading:
             paid = [decoded.certain(end) for _, end in ended.values()] if place is None else [paid[t] for t in read]
         elif place is not None and end_id is not None and int(rollout.end_B[len(made.rows)]) == End.EOS:
             ids, read, paid = [*ids, end_id], [*read, len(ids)], [*paid, len(row) - 1]
-        made.rows.append([*asked, *ids])
-        made.read.append([len(asked) + t for t in read])
+        made.rows.append(ids)
+        made.read.append(read)
         made.paid.append(paid)
-    return made
-
-
-def completions(rollout: Rollout, tokenizer: Any, same: bool) -> Reading:
-    """Completions without their prompts, and EOS where they ended so; ``same``: the tokenizer is the policy's."""
-    ids = rollout.completion_ids()
-    places = [list(range(len(row))) for row in ids]
-    if same:
-        return Reading(ids, places, places)
-    made, end = Reading([], [], []), tokenizer.eos_token_id
-    for row, text, how in zip(ids, rollout.texts(), rollout.end_B.tolist(), strict=True):
-        cut = settled(row, _decode(rollout), text, tokenizer)
-        closed = [end] if how == End.EOS and end is not None else []
-        made.rows.append([*cut.ids, *closed])
-        made.read.append(list(range(len(made.rows[-1]))))
-        made.paid.append([*cut.paid, *(len(row) - 1 for _ in closed)])
     return made
 
 
