@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlkl.policy import Policy
+from rlkl.sampling import given
 from rlkl.types import End, Rollout
 
 LIMIT = 100_000
@@ -43,18 +44,9 @@ def enumerate_completions(
             raise ValueError(f"enumeration: over {LIMIT} completions; take a smaller vocabulary or length")
     atoms = done + open_
     ends = [int(End.EOS)] * len(done) + [int(End.LIMIT)] * len(open_)
-    length_B = torch.tensor([len(y) for y in atoms])
-    return Rollout(
-        prompt_BP=torch.tensor([list(prompt_ids)] * len(atoms)),
-        prompt_length_B=torch.full((len(atoms),), len(prompt_ids)),
-        tokens_BT=torch.tensor([list(y) + [0] * (length - len(y)) for y in atoms]),
-        length_B=length_B,
-        policy_mask_BT=torch.arange(length) < length_B[:, None],
-        end_B=torch.tensor(ends),
-        group_B=torch.zeros(len(atoms), dtype=torch.long),
-        sample_id_B=torch.arange(len(atoms)),
-        temperature=temperature,
-    )
+    end_B = torch.tensor(ends)
+    prompts, group_B = [prompt_ids] * len(atoms), torch.zeros_like(end_B)
+    return given(prompts, atoms, length, end_B=end_B, group_B=group_B, temperature=temperature)
 
 
 def sequence_logp(policy: Policy, atoms: Rollout) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:

@@ -158,10 +158,8 @@ def _decode(
 def pad(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Right-padded ids ``[B, P]`` and lengths ``[B]``."""
     length_B = torch.tensor([len(row) for row in ids])
-    padded = torch.zeros(len(ids), int(length_B.max()), dtype=torch.long)
-    for i, row in enumerate(ids):
-        padded[i, : len(row)] = torch.tensor(list(row))
-    return padded, length_B
+    width = int(length_B.max())
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in ids], dtype=torch.long), length_B
 
 
 def given(

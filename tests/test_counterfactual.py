@@ -20,6 +20,7 @@ from rlkl.data.settled import settled
 from rlkl.exact import enumerate_completions
 from rlkl.policy import Policy
 from rlkl.rewards.counterfactual import CounterfactualReward
+from rlkl.sampling import given
 from rlkl.tasks import fix, fix_model
 from rlkl.tasks.pretrain import train_tokenizer
 from rlkl.types import End, Rollout
@@ -43,24 +44,12 @@ def made(folder: Path, tokenizer: Any = None, **keys: Any) -> CounterfactualRewa
 
 def rollout_of(tokenizer: Any, rows: Sequence[tuple[str, str]] = ROWS, **columns: list[Any]) -> Rollout:
     """Texts as a rollout; the first completion ends by EOS."""
-    prompts = [tokenizer(x)["input_ids"] for x, _ in rows]
     ids = [tokenizer(y)["input_ids"] for _, y in rows]
     ids[0] = [*ids[0], tokenizer.eos_token_id]
-
-    def padded(part: list[list[int]]) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in part], batch_first=True)
-
-    length_B = torch.tensor([len(row) for row in ids])
-    tokens_BT = padded(ids)
-    return Rollout(
-        prompt_BP=padded(prompts),
-        prompt_length_B=torch.tensor([len(row) for row in prompts]),
-        tokens_BT=tokens_BT,
-        length_B=length_B,
-        policy_mask_BT=torch.arange(tokens_BT.shape[1]) < length_B[:, None],
+    return given(
+        [tokenizer(x)["input_ids"] for x, _ in rows],
+        ids,
         end_B=torch.tensor([int(End.EOS), *[int(End.LIMIT)] * (len(rows) - 1)]),
-        group_B=torch.arange(len(rows)),
-        sample_id_B=torch.arange(len(rows)),
         temperature=0.5,  # of the policy, not of the scorer
         columns={"prompt": [x for x, _ in rows], **columns},
         decode=lambda tokens: str(tokenizer.decode(tokens)),
@@ -164,8 +153,8 @@ def test_another_tokenizer_scores_the_text_and_is_paid_once_its_words_are_over(t
     result = reward(rollout)
     for i, (x, y) in enumerate(ROWS):
         row = theirs(y)["input_ids"] + [theirs.eos_token_id] * (i == 0)
-        given, alone = (logp(foreign, theirs(text)["input_ids"], row) for text in (x, HINT))
-        assert float(result.value_BT[i].sum()) == pytest.approx(float((given - 0.5 * alone).sum()), rel=1e-4)
+        after, alone = (logp(foreign, theirs(text)["input_ids"], row) for text in (x, HINT))
+        assert float(result.value_BT[i].sum()) == pytest.approx(float((after - 0.5 * alone).sum()), rel=1e-4)
         assert len(row) != int(rollout.length_B[i])
     first = [int(b.nonzero()[0]) for b in result.value_BT != 0]
     texts = [ours.decode(row[: t + 1]) for row, t in zip(rollout.completion_ids(), first, strict=True)]

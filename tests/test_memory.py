@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from rlkl import memory, models, settings, summary
 from rlkl.config import LoraConfig
 from rlkl.policy import Policy
+from rlkl.sampling import given
 from rlkl.types import Rollout
 
 SIZES = {"vocab_size": 4000, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3}
@@ -146,17 +147,8 @@ def test_the_peak_is_that_of_real_tensors(folder, model, sections, need):
 
 
 def full_rollout() -> Rollout:
-    rows = torch.arange(ROWS)
-    return Rollout(
-        prompt_BP=torch.zeros(ROWS, PROMPT, dtype=torch.long),
-        prompt_length_B=torch.full((ROWS,), PROMPT),
-        tokens_BT=torch.randint(0, SIZES["vocab_size"], (ROWS, LENGTH)),
-        length_B=torch.full((ROWS,), LENGTH),
-        policy_mask_BT=torch.ones(ROWS, LENGTH, dtype=torch.bool),
-        end_B=torch.zeros_like(rows),
-        group_B=rows // 2,
-        sample_id_B=rows,
-    )
+    completions = torch.randint(0, SIZES["vocab_size"], (ROWS, LENGTH)).tolist()
+    return given([[0] * PROMPT] * ROWS, completions, group_B=torch.arange(ROWS) // 2)
 
 
 def test_the_kv_cache_is_that_of_the_model(folder):

@@ -11,6 +11,7 @@ from conftest import Tree, metrics, write_jsonl
 
 import rlkl
 from rlkl import moved, plots, settings, summary, terminal
+from rlkl.sampling import given
 from rlkl.types import PolicyOutput, Rollout
 
 LOGP = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -5.0, 0.0], [-6.0, 0.0, 0.0]])
@@ -19,25 +20,13 @@ REF = torch.tensor([[-1.5, -2.0, -2.0], [-4.0, -7.0, 0.0], [-6.5, 0.0, 0.0]])
 
 def rollout() -> Rollout:
     """Three completions of 3, 2 and 1 tokens."""
-    length_B = torch.tensor([3, 2, 1])
-    mask_BT = torch.arange(3) < length_B[:, None]
-    return Rollout(
-        prompt_BP=torch.ones(3, 1, dtype=torch.long),
-        prompt_length_B=torch.ones(3, dtype=torch.long),
-        tokens_BT=mask_BT.long(),
-        length_B=length_B,
-        policy_mask_BT=mask_BT,
-        end_B=torch.zeros(3, dtype=torch.long),
-        group_B=torch.arange(3),
-        sample_id_B=torch.arange(3),
-        origin="data",
-    )
+    return given([[1]] * 3, [[1, 1, 1], [1, 1], [1]], origin="data")
 
 
-def policy(given: Rollout, need: set[str]) -> PolicyOutput:
+def policy(asked: Rollout, need: set[str]) -> PolicyOutput:
     """Log-probs from the table, by the number of the sample."""
     assert need == {"logp", "ref_logp"}
-    return PolicyOutput(logp_BT=LOGP[given.sample_id_B], ref_logp_BT=REF[given.sample_id_B])
+    return PolicyOutput(logp_BT=LOGP[asked.sample_id_B], ref_logp_BT=REF[asked.sample_id_B])
 
 
 JUDGED: moved.Tokens = [[("bad", [1, 2]), ("bad", [2])], [("bad", [0]), ("good", [1])], []]

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from rlkl.evaluate import join, outputs, over_prompts
-from rlkl.sampling import Prompts, pad
+from rlkl.sampling import Prompts, given
 from rlkl.tasks import fix
-from rlkl.types import End, Rollout
+from rlkl.types import Rollout
 
 
 def true_fixes(prompts: Prompts) -> Rollout:
@@ -17,17 +17,10 @@ def true_fixes(prompts: Prompts) -> Rollout:
         for place, x in enumerate(prompts.columns["x"])
         for n in fix.true_fixes([int(c) for c in x]).nonzero()[0]
     ]
-    prompt_BP, prompt_length_B = pad([prompts.ids[place] for place, _ in listed])
-    tokens_BT, length_B = pad([string for _, string in listed])
-    return Rollout(
-        prompt_BP=prompt_BP,
-        prompt_length_B=prompt_length_B,
-        tokens_BT=tokens_BT,
-        length_B=length_B,
-        policy_mask_BT=torch.ones_like(tokens_BT).bool(),
-        end_B=torch.full_like(length_B, int(End.LIMIT)),
+    return given(
+        [prompts.ids[place] for place, _ in listed],
+        [string for _, string in listed],
         group_B=torch.tensor([prompts.group[place] for place, _ in listed]),
-        sample_id_B=torch.arange(len(listed)),
         origin="data",
     )
 
