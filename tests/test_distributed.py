@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -27,6 +29,16 @@ def torchrun(processes: int, *arguments: str) -> str:
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[:3000] + done.stderr[-3000:]
     return done.stdout
+
+
+def one_and_two(ours: Sequence[str], theirs: Sequence[str] = ()) -> list[tuple[Any, Any]]:
+    """The gradients of each configuration on one process and on two; ``theirs`` where two have others."""
+    for folder in ("one", "two"):
+        Path(folder).mkdir(exist_ok=True)
+    gradients("one", ours)
+    torchrun(2, str(HERE / "ranks.py"), "gradients", "two", *(theirs or ours))
+    names = [f"{Path(path).stem}.safetensors" for path in ours]
+    return [(load_file(f"one/{name}"), load_file(f"two/{name}")) for name in names]
 
 
 def of_one_prompt(prompts: list[str], completions: list[str]) -> list[float]:
@@ -72,13 +84,7 @@ def test_the_gradient_of_two_processes_is_that_of_one(tiny_config: Tree, tiny_re
     for name, sections in objectives.items():
         tree = {**tiny_config, **{k: {**tiny_config.get(k, {}), **v} for k, v in sections.items()}}
         Path(f"{name}.yaml").write_text(yaml.safe_dump(tree))
-    configs = [f"{name}.yaml" for name in objectives]
-    for folder in ("one", "two"):
-        Path(folder).mkdir()
-    gradients("one", configs)
-    torchrun(2, str(HERE / "ranks.py"), "gradients", "two", *configs)
-    for name in objectives:
-        one, two = (load_file(f"{folder}/{name}.safetensors") for folder in ("one", "two"))
+    for one, two in one_and_two([f"{name}.yaml" for name in objectives]):
         assert one.keys() == two.keys()
         assert_same_gradients(two, one)
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 import yaml
 from conftest import Tree, metrics, write_jsonl
-from ranks import gradients
-from safetensors.torch import load_file
-from test_distributed import HERE, torchrun
+from models import assert_same_gradients
+from test_distributed import one_and_two, torchrun
 from test_stored import placed
 from transformers import AutoTokenizer
 
@@ -167,14 +166,8 @@ def test_two_processes_are_one(offline: Tree, tmp_path: Path) -> None:
     offline["rollout"]["prompts"] = 5
     offline["train"] = {"steps": 1, "micro_batch": 2}
     Path("pairs.yaml").write_text(yaml.safe_dump(offline))
-    for folder in ("one", "two"):
-        Path(folder).mkdir()
-    gradients("one", ["pairs.yaml"])
-    torchrun(2, str(HERE / "ranks.py"), "gradients", "two", "pairs.yaml")
-    one, two = (load_file(f"{folder}/pairs.safetensors") for folder in ("one", "two"))
-    scale = max(float(g.abs().max()) for g in one.values())
-    assert scale > 1e-3
-    assert all(torch.allclose(g, two[name], rtol=1e-5, atol=1e-5 * scale) for name, g in one.items())
+    ((one, two),) = one_and_two(["pairs.yaml"])
+    assert_same_gradients(two, one)
     torchrun(2, "-m", "rlkl", "train", "pairs.yaml", "name=both")
     ours, theirs = metrics(rlkl.train(offline))[-1], metrics(tmp_path / "runs" / "both")[-1]
     assert ours == pytest.approx(theirs, rel=2e-4, abs=1e-5, nan_ok=True)

@@ -10,9 +10,9 @@ import yaml
 from conftest import Tree
 from models import assert_same_gradients
 from peft import LoraConfig, get_peft_model
-from ranks import gradients, runs
+from ranks import runs
 from safetensors.torch import load_file
-from test_distributed import HERE, torchrun
+from test_distributed import HERE, one_and_two, torchrun
 from test_processes import close, same
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -77,10 +77,7 @@ def test_sharded_gradients_are_the_whole_ones(kinds: dict[str, Tree]) -> None:
     for name, tree in kinds.items():
         Path(f"one/{name}.yaml").write_text(yaml.safe_dump(tree))
         Path(f"two/{name}.yaml").write_text(yaml.safe_dump(sharded(tree)))
-    gradients("one", [f"one/{name}.yaml" for name in kinds])
-    torchrun(2, str(HERE / "ranks.py"), "gradients", "two", *(f"two/{name}.yaml" for name in kinds))
-    for name in kinds:
-        one, two = (load_file(f"{folder}/{name}.safetensors") for folder in ("one", "two"))
+    for one, two in one_and_two([f"one/{name}.yaml" for name in kinds], [f"two/{name}.yaml" for name in kinds]):
         assert one.keys() == two.keys()
         assert_same_gradients(two, one)
 

@@ -9,9 +9,8 @@ import torch
 import yaml
 from accelerate import Accelerator
 from conftest import Tree, metrics, write_jsonl
-from ranks import gradients
-from safetensors.torch import load_file
-from test_distributed import HERE, torchrun
+from models import assert_same_gradients
+from test_distributed import HERE, one_and_two, torchrun
 from torch.nn.functional import cross_entropy
 
 import rlkl
@@ -155,14 +154,8 @@ def test_the_gradient_of_two_processes_is_that_of_one(offline: Tree) -> None:
     offline["rollout"]["prompts"] = 5  # 2 and 3 a process
     offline["train"] = {"steps": 1, "micro_batch": 2}
     Path("stored.yaml").write_text(yaml.safe_dump(offline))
-    for folder in ("one", "two"):
-        Path(folder).mkdir()
-    gradients("one", ["stored.yaml"])
-    torchrun(2, str(HERE / "ranks.py"), "gradients", "two", "stored.yaml")
-    one, two = (load_file(f"{folder}/stored.safetensors") for folder in ("one", "two"))
-    scale = max(float(g.abs().max()) for g in one.values())
-    assert scale > 1e-3
-    assert all(torch.allclose(g, two[name], rtol=1e-5, atol=1e-5 * scale) for name, g in one.items())
+    ((one, two),) = one_and_two(["stored.yaml"])
+    assert_same_gradients(two, one)
 
 
 def test_two_processes_write_the_metrics_of_one(offline: Tree, tmp_path: Path) -> None:
