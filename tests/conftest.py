@@ -67,26 +67,31 @@ def no_dashboards_at_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an untrained Llama of one layer; some of its completions end by EOS, some at the limit."""
-    folder = tmp_path_factory.mktemp("tiny-model")
-    tokenizer = train_tokenizer(SENTENCES, 270, context=CONTEXT)
-    set_seed(0)
+def random_llama(tokenizer: Any, seed: int) -> LlamaForCausalLM:
+    """An untrained Llama of one layer that reads as much as its tokenizer."""
+    set_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=1,
         num_attention_heads=2,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
         initializer_range=0.3,
     )
-    model = LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an untrained Llama of one layer; some of its completions end by EOS, some at the limit."""
+    folder = tmp_path_factory.mktemp("tiny-model")
+    tokenizer = train_tokenizer(SENTENCES, 270, context=CONTEXT)
+    model = random_llama(tokenizer, 0)
     with torch.no_grad():
         model.lm_head.weight[tokenizer.eos_token_id] *= 2.5
     model.save_pretrained(folder)
@@ -97,19 +102,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def foreign_model(folder: Path, text: str, vocabulary: int) -> Path:
     """Writes a random Llama whose tokenizer, made of the sentences and a text, is no other model's here."""
     tokenizer = train_tokenizer([*SENTENCES * 4, text], vocabulary, context=128)
-    set_seed(3)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    random_llama(tokenizer, 3).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

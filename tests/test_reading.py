@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SENTENCES, Tree, metrics, reward_model, write_jsonl
+from conftest import SENTENCES, Tree, metrics, random_llama, reward_model, write_jsonl
 from models import make_rollout
 from test_learned_reward import source, token_model
 from test_reward_model import config, pairs, token_config  # noqa: F401 - a fixture
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import AutoTokenizer
 
 import rlkl
 from rlkl import scoring
@@ -49,11 +49,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "special_tokens": {"<pad>": {"id": "<pad>", "ids": [bos], "tokens": ["<pad>"]}},
     }
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(inner))
-    set_seed(3)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, initializer_range=0.3, **shape)
-    ).save_pretrained(folder)
+    random_llama(tokenizer, 3).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     assert AutoTokenizer.from_pretrained(folder)("a")["input_ids"][0] == bos
     return folder

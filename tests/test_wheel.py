@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import RECORDS, ROOT, metrics, write_jsonl
+from conftest import ROOT, Tree, metrics
 
 import rlkl
 
@@ -41,21 +41,11 @@ def run(wheel_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, tiny_model: Path) -> Path:
+def folder(tmp_path: Path, tiny_config: Tree) -> Path:
     """A folder with prompts, a reward and the configurations of a run and of a comparison."""
-    write_jsonl(tmp_path / "prompts.jsonl", RECORDS)
     (tmp_path / "my_reward.py").write_text(REWARD, encoding="utf-8")
-    base = {
-        "name": "tiny",
-        "model": {"type": "pretrained", "path": str(tiny_model)},
-        "data": {"type": "jsonl", "path": "prompts.jsonl", "held_out": 0.25},
-        "rewards": {"letters": {"type": "function", "path": "my_reward:letters"}},
-        "trainer": {"type": "reinforce"},
-        "rollout": {"prompts": 2, "samples_per_prompt": 2, "max_new_tokens": 6},
-        "train": {"steps": 1},
-        "evaluate": {"prompts": 2, "samples_per_prompt": 2},
-        "log": {"with": []},
-    }
+    rewards = {"letters": {"type": "function", "path": "my_reward:letters"}}
+    base = {**tiny_config, "rewards": rewards, "train": {"steps": 1}}
     ppo = {"trainer": {"type": "ppo", "epochs": 1}}
     compare = {"name": "two", "base": "run.yaml", "arms": {"reinforce": {}, "ppo": ppo}, "seeds": [0], "workers": 1}
     for name, config in (("run.yaml", base), ("compare.yaml", compare)):
