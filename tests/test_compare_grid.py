@@ -246,6 +246,6 @@ def test_the_plan_knows_the_last_step_of_every_cap(tree: Tree, caps: Tree, steps
 def test_the_cap_that_ended_a_run_is_read_from_its_last_row(tree: Tree):
     made = plan.make(tree)
     rows(made.runs[0], 2, 1.0, **{"budget/ended/tokens": 1.0})
-    ended = {run.config.name: cost.bound(run) for run in made.runs}
+    ended = {run.config.name: cost.bound(run.folder) for run in made.runs}
     assert ended == {"reinforce,seed=0": "tokens", "ppo,seed=0": None}
     assert cost.endings(made, ended) == ["reinforce: 1 of 1 runs ended by the budget of tokens"]

@@ -107,7 +107,7 @@ def test_the_difference_is_welchs():
     a, b = 1 / 3, 7 / 9
     freedom = (a + b) ** 2 / (a**2 / 2 + b**2 / 2)
     found = pairwise.difference([1, 2, 3], [4, 5, 7])
-    assert found.value == pytest.approx(10 / 3)
+    assert found.difference == pytest.approx(10 / 3)
     from scipy import stats
 
     half = stats.t.ppf(0.975, freedom) * math.sqrt(a + b)
@@ -157,10 +157,10 @@ def test_improvements_mirror_each_other(a, b):
 @given(seeds, seeds)
 def test_differences_mirror_each_other(a, b):
     there, back = pairwise.difference(a, b), pairwise.difference(b, a)
-    assert there.value == pytest.approx(-back.value)
+    assert there.difference == pytest.approx(-back.difference)
     if there.interval and back.interval:
         assert there.interval == pytest.approx((-back.interval.high, -back.interval.low), abs=1e-6)
-        assert there.interval.low <= there.value <= there.interval.high
+        assert there.interval.low <= there.difference <= there.interval.high
         assert there.p == pytest.approx(back.p)
 
 
@@ -169,7 +169,7 @@ def test_prompts_are_paired_by_name():
     b = {"z": 0.7, "x": 0.2, "y": 1.2, "only there": -9.0}
     found = pairwise.prompts(a, b)
     assert found is not None
-    assert found.value == pytest.approx(0.2)
+    assert found.difference == pytest.approx(0.2)
     assert found.interval == pytest.approx((0.2, 0.2))  # every prompt gains the same, however far apart they are
     assert pairwise.prompts({"x": 1, "y": 2}, {"x": 1, "y": 2}) is None
     wide = pairwise.prompts(dict.fromkeys("abcd", 0.0), {"a": 0.0, "b": 1.0, "c": 0.0, "d": 1.0})

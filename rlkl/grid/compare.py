@@ -189,7 +189,7 @@ def conclude(made: Plan, errors: Mapping[str, str]) -> dict[str, str]:
         else:
             proxy = statements.proxy(run.config, made.gold)
             found[name] = results.read(run.folder, run.arm, seed, made.gold, config.match_kl, config.columns, proxy)
-    ended = {run.config.name: cost.bound(run) for run in made.runs}
+    ended = {run.config.name: cost.bound(run.folder) for run in made.runs}
     exact = listed.exact_points(made)
     timing = statements.timing(made, found)
     summary = stated(made, found, ended, exact)

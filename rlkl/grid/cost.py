@@ -1,6 +1,7 @@
 """What a comparison may cost, as far as it can be told before, and which cap ended which run."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -58,7 +59,7 @@ def _capped(config: Config) -> Iterator[int]:
 
 def pace(run: Run) -> Pace | None:
     """How far a run is and how fast it was; None before its first step."""
-    rows = _rows(run)
+    rows = _rows(run.folder)
     done = rows[-1]["step"] if rows else 0
     spent = sum((row.get("time/step") or 0.0) + (row.get("time/evaluate") or 0.0) for row in rows)
     return (done, spent / done) if done else None
@@ -106,16 +107,16 @@ def table(plan: Plan, kept: Sequence[Run], workers: int) -> tuple[Table, str]:
     return out, f"{told}; {when}; evaluations ask and sample on top"
 
 
-def bound(run: Run) -> str | None:
-    """The cap of ``train.budget`` that ended a run; None where it came to its last step."""
-    found = [key.removeprefix(ENDED) for row in _rows(run)[-1:] for key in row if key.startswith(ENDED)]
+def bound(folder: Path) -> str | None:
+    """The cap of ``train.budget`` that ended the run of a folder; None where it came to its last step."""
+    found = [key.removeprefix(ENDED) for row in _rows(folder)[-1:] for key in row if key.startswith(ENDED)]
     return found[0] if found else None
 
 
-def _rows(run: Run) -> list[dict[str, Any]]:
+def _rows(folder: Path) -> list[dict[str, Any]]:
     """Its metrics.jsonl; none where that cannot be read, which is said elsewhere."""
     try:
-        return list(read_rows(run.folder / "metrics.jsonl"))
+        return list(read_rows(folder / "metrics.jsonl"))
     except ValueError:
         return []
 
@@ -134,7 +135,7 @@ def endings(made: Plan, ended: Mapping[str, str | None]) -> list[str]:
 
 def caps(made: Plan) -> dict[str, float]:
     """The budgets that the comparison gives to every run."""
-    return {name: cap for name, cap in made.config.budgets.model_dump().items() if cap is not None}
+    return made.config.budgets.model_dump(exclude_none=True)
 
 
 def tuning(made: Plan) -> dict[str, int | None]:

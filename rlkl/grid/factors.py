@@ -50,16 +50,13 @@ def _pairs(
         seeds = sorted(set.intersection(*map(set, whole))) if whole else []
         if seeds:
             changes = [sum(one[seed] for one in whole) / len(whole) for seed in seeds]
-            seen = pairwise.paired(changes)
             yield {
                 "a": a,
                 "b": b,
                 "cells": len(whole),
                 "of": len(both),
                 "n": len(seeds),
-                "difference": seen.value,
-                "interval": seen.interval,
-                "p": seen.p,
+                **pairwise.paired(changes)._asdict(),
             }
 
 

@@ -8,7 +8,6 @@ import contextlib
 import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -87,7 +86,7 @@ def _samples(runs: Sequence[Run]) -> Iterator[list[Any]]:
         if run.config.seed == runs[0].config.seed:
             rows = []
             with contextlib.suppress(ValueError):  # damaged rows are said in the table
-                rows = list(read_rows(Path(run.folder) / "samples.jsonl"))
+                rows = list(read_rows(run.folder / "samples.jsonl"))
             for row in rows:
                 if row["step"] == rows[-1]["step"]:
                     yield [run.arm, *(row.get(name) for name in COLUMNS)]

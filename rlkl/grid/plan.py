@@ -152,7 +152,7 @@ def _read_bases(tree: DictConfig, beside: Path) -> None:
 
 def _run(config: CompareConfig, cell: Cell, seed: int) -> Run:
     tree = OmegaConf.create(config.arms[cell.arm].get("base", config.base))
-    caps = {f"train.budget.{name}": cap for name, cap in config.budgets.model_dump().items() if cap is not None}
+    caps = {f"train.budget.{name}": cap for name, cap in config.budgets.model_dump(exclude_none=True).items()}
     decided = SET_HERE | dict.fromkeys(caps, "budgets")
     for key, value in cell.changes:
         if key in decided:

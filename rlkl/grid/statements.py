@@ -11,21 +11,16 @@ from statistics import median
 from typing import Any
 
 from rlkl.config import Config
-from rlkl.grid import factors
+from rlkl.grid.factors import Tree, effects
 from rlkl.grid.plan import Plan
 from rlkl.grid.results import COLLAPSE, COUNTS, Result, timed
 from rlkl.statistics import coverage, frontier, intervals, overoptimisation, pairwise
 from rlkl.statistics.intervals import LEVEL, Of
 
-REPORT_KL = (1.0, 2.0, 5.0)
-"""Nats at which arms are set side by side, where a run gets there, beside ``match_kl``."""
 GOLD_SHARES = (0.25, 0.5, 0.75)
 """Ways from the reference's gold to the most of any evaluation, at which the KL of arms is set side by side."""
-
 CONSTANT = 1e-9
 """Gold whose range is below this share of its size does not vary but for rounding."""
-
-Tree = dict[str, Any]
 Results = Mapping[str, Result]
 
 
@@ -35,14 +30,19 @@ def proxy(config: Config, gold: str) -> dict[str, float]:
     return {} if list(weights) == [gold] and weights[gold] > 0 else weights
 
 
+def places(match: float | None) -> list[float]:
+    """Nats at which arms are set side by side, where a run gets there: 1, 2, 5 and ``match_kl``."""
+    return sorted({1.0, 2.0, 5.0, *([match] if match else [])})
+
+
 def summary(plan: Plan, results: Results, exact: Sequence[Mapping[str, Any]] | None = None) -> Tree:
     """What summary.json holds. ``exact``: KL and gold of the optimal policies, where they can be enumerated."""
     mine = {arm: [results[run.config.name] for run in runs] for arm, runs in plan.arms.items()}
     match, done = plan.config.match_kl, [r for r in results.values() if r.error is None]
     heights = _heights(done, match, exact)
-    places = {kl: _matched_kl(mine, kl) for kl in sorted({*REPORT_KL, *([match] if match else [])})}
-    places = {kl: place for kl, place in places.items() if any(place["arms"].values())}
-    table = places[match] if match in places else {"pairs": [], "factors": []} if match else _compared(mine, _end, None)
+    at = {kl: _matched_kl(mine, kl) for kl in places(match)}
+    at = {kl: place for kl, place in at.items() if any(place["arms"].values())}
+    table = at[match] if match in at else {"pairs": [], "factors": []} if match else _compared(mine, _end, None)
     return {
         "name": plan.config.name,
         "gold": plan.gold,
@@ -52,7 +52,7 @@ def summary(plan: Plan, results: Results, exact: Sequence[Mapping[str, Any]] | N
         "arms": {arm: _arm(runs, heights) for arm, runs in mine.items()},
         **{name: table[name] for name in ("pairs", "factors")},
         "matched": {
-            "kl": list(places.values()),
+            "kl": list(at.values()),
             "gold": _matched_gold(mine, done),
             **{name: _matched_spent(mine, done, name) for name in COUNTS},
         },
@@ -228,7 +228,7 @@ def _row(at: float, mine: Mapping[str, Sequence[Result]], value: Callable[[Resul
 
 def _compared(mine: Mapping[str, Sequence[Result]], value: Callable[[Result], float | None], kl: float | None) -> Tree:
     """All pairs of arms, with Holm's p-values over them: each place is a question of its own; and every factor."""
-    return {"pairs": pairwise.corrected(_pairs(mine, value, kl)), "factors": factors.effects(mine, value)}
+    return {"pairs": pairwise.corrected(_pairs(mine, value, kl)), "factors": effects(mine, value)}
 
 
 def _pairs(
@@ -240,24 +240,11 @@ def _pairs(
         arm: {r.seed: r.gold_by_prompt(kl) for r in runs if r.seed in golds[arm] and r.error is None}
         for arm, runs in mine.items()
     }
-    found = []
-    for a, b in itertools.combinations([arm for arm in mine if golds[arm]], 2):
-        one, other = list(golds[a].values()), list(golds[b].values())
-        seeds = pairwise.difference(one, other)
-        found.append(
-            {
-                "a": a,
-                "b": b,
-                "n": [len(one), len(other)],
-                "difference": seeds.value,
-                "interval": seeds.interval,
-                "p": seeds.p,
-                "improvement": pairwise.improvement(one, other),
-                "improvement_interval": pairwise.improvement_interval(one, other),
-                "prompts": _by_prompt(prompts[a], prompts[b]),
-            }
-        )
-    return found
+    return [
+        pairwise.pair(a, b, list(golds[a].values()), list(golds[b].values()))
+        | {"prompts": _by_prompt(prompts[a], prompts[b])}
+        for a, b in itertools.combinations([arm for arm in mine if golds[arm]], 2)
+    ]
 
 
 def _by_prompt(a: Mapping[int, Mapping[str, float]], b: Mapping[int, Mapping[str, float]]) -> Tree | None:
@@ -268,7 +255,7 @@ def _by_prompt(a: Mapping[int, Mapping[str, float]], b: Mapping[int, Mapping[str
             both.setdefault(name, []).append((a[seed][name], b[seed][name]))
     means = [{name: sum(x[k] for x in xs) / len(xs) for name, xs in both.items()} for k in (0, 1)]
     found = pairwise.prompts(*means)
-    return found and {"n": len(both), "difference": found.value, "interval": found.interval}
+    return found and {"n": len(both), "difference": found.difference, "interval": found.interval}
 
 
 def _timeless(values: Mapping[str, float | None]) -> dict[str, float | None]:

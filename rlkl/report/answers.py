@@ -4,20 +4,23 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from rlkl.grid import statements
 from rlkl.grid.cells import coordinates
 from rlkl.report import budgets, overoptimised, penalty
 from rlkl.report.load import Data
-from rlkl.report.tally import lost, none, share
 from rlkl.report.words import (
     Answer,
     Tree,
     cell,
     difference,
     listed,
+    lost,
     many,
     nats,
+    none,
     number,
     outside,
+    share,
     told,
     untested,
     versus,
@@ -25,7 +28,6 @@ from rlkl.report.words import (
 from rlkl.statistics.frontier import crossing
 from rlkl.statistics.intervals import FEWEST
 
-NATS = (1.0, 2.0, 5.0)
 NAMES = {"beta": "β"}
 """Factors that have a shorter name than their key."""
 
@@ -43,7 +45,7 @@ def _most_gold(data: Data) -> Iterator[Answer]:
         return
     never = []
     match = data.summary.get("match_kl")
-    for kl in sorted({*NATS, *places, *([match] if match else [])}):
+    for kl in statements.places(match):
         found = {arm: c for arm, c in places.get(kl, {"arms": {}})["arms"].items() if c}
         if found:
             question = f"Which arm gets the most {data.gold} at {nats(kl)}?"
@@ -175,13 +177,13 @@ def _apart(data: Data, factor: str, pairs: Sequence[Tree]) -> str:
     left = [f"{a} and {b}" for a, b in itertools.combinations(values, 2) if frozenset((a, b)) not in known]
     if not left:
         return ""
-    return f" Nothing can be said of {'; '.join(left[:3])}{f'; {len(left) - 3} more' * (len(left) > 3)}: {_APART}."
+    some = f"{'; '.join(left[:3])}{f'; {len(left) - 3} more' * (len(left) > 3)}"
+    return f" Nothing can be said of {some}: no combination of the rest has results of both."
 
 
 def _nowhere(data: Data, factor: str, said: Mapping[str, Sequence[Tree]]) -> str:
     """The places at which values are not compared that are compared elsewhere."""
-    match = data.summary.get("match_kl")
-    wanted = [nats(kl) for kl in sorted({*NATS, *([match] if match else [])})]
+    wanted = map(nats, statements.places(data.summary.get("match_kl")))
     every = dict.fromkeys((pair["a"], pair["b"]) for pairs in said.values() for pair in pairs)
     void: dict[str, list[str]] = {}
     for where in dict.fromkeys((*wanted, *said)):
@@ -202,7 +204,7 @@ def _same(data: Data) -> list[str]:
     for kl in [*places, *([] if data.summary.get("match_kl") else [None])]:
         groups: dict[str, list[str]] = {}
         for arm in data.arms:
-            if until := {m.seed: path for m in data.of(arm) if (path := _until(data, m.name, kl))}:
+            if until := {seed: path for seed, rows in data.lines(arm).items() if (path := _until(rows, kl))}:
                 groups.setdefault(repr(until), []).append(arm)
         where = "the end" if kl is None else nats(kl)
         found += [
@@ -211,16 +213,10 @@ def _same(data: Data) -> list[str]:
     return found
 
 
-def _until(data: Data, run: str, kl: float | None) -> list[tuple[float, float]]:
+def _until(rows: Sequence[Tree], kl: float | None) -> list[tuple[float, float]]:
     """KL and gold of a run's evaluations up to the first behind a KL, or to its end; empty where it gets not there."""
-    rows = [(row["kl"], row["gold"]) for row in data.summary["runs"][run]["evaluations"] or []]
-    if kl is None:
-        return rows
-    place = crossing([x for x, _ in rows], kl)
-    return rows[: place[0] + 1] if place else []
-
-
-_APART = "no combination of the rest has results of both"
+    place = (len(rows), 1.0) if kl is None else crossing([row["kl"] for row in rows], kl)
+    return [(row["kl"], row["gold"]) for row in rows[: place[0] + 1]] if place else []
 
 
 def _summed(factor: str, said: Mapping[str, Sequence[Tree]]) -> str:

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from rlkl.grid import statements
 from rlkl.grid.cells import coordinates
 from rlkl.report.load import Data
-from rlkl.report.tally import ends, none, pair, share
-from rlkl.report.words import Answer, Tree, cell, difference, listed, nats, told, untested
+from rlkl.report.words import Answer, Tree, cell, difference, listed, nats, none, share, told, untested
 from rlkl.statistics import pairwise
 
 BUDGETS = ("budget", "labels", "queries")
@@ -41,40 +40,30 @@ def _overtaking(
 ) -> Answer:
     """Who leads at which budget: what it has bought when training ends, whatever ``match_kl`` is."""
     (one, left), (other, right) = a, b
-    golds = {arm: ends(data, arm, "gold") for family in (left, right) for arm in family.values()}
+    golds = {arm: list(data.measured(arm, "gold").values()) for family in (left, right) for arm in family.values()}
     both = [x for x in budgets if golds[left[x]] and golds[right[x]]]
-    pairs = dict(zip(both, pairwise.corrected([_pair(golds, left[x], right[x]) for x in both]), strict=True))
+    found = [pairwise.pair(left[x], right[x], golds[left[x]], golds[right[x]]) for x in both]
+    pairs = dict(zip(both, pairwise.corrected(found), strict=True))
     points = [
-        f"{x:,.0f} {unit}: {one} {_side(data, left[x])}, {other} {_side(data, right[x])}; {_lead(one, other, pair_)}"
-        for x, pair_ in pairs.items()
+        f"{x:,.0f} {unit}: {one} {_side(data, left[x])}, {other} {_side(data, right[x])}; {_lead(one, other, pair)}"
+        for x, pair in pairs.items()
     ]
     void = [family[x] for x in budgets if x not in both for family in (left, right) if not golds[family[x]]]
     place = f" {data.gold[0].upper()}{data.gold[1:]} is read at the end of training"
     place += ", not at match_kl." if data.summary.get("match_kl") else "."
     same = "".join(_unbound(data, unit, name, family) for name, family in (a, b))
     text = _head(unit, one, other, pairs) + place + same + none(data, void, "finished")
-    details = [f"{x:,.0f} {unit}, {other} against {one}: {difference(pair_)}" for x, pair_ in pairs.items()]
+    details = [f"{x:,.0f} {unit}, {other} against {one}: {difference(pair)}" for x, pair in pairs.items()]
     question = f"At what budget of {unit} does one of {one} and {other} overtake the other?"
     return Answer(question, text, tuple(details), tuple(points))
 
 
-def _pair(golds: Mapping[str, Mapping[int, float]], a: str, b: str) -> Tree:
-    """Two arms at one budget, with the probability that a run of the second has more."""
-    one, other = golds[a], golds[b]
-    first, second = list(one.values()), list(other.values())
-    return {
-        **pair(a, b, one, other),
-        "improvement": pairwise.improvement(first, second),
-        "improvement_interval": pairwise.improvement_interval(first, second),
-    }
-
-
 def _head(unit: str, one: str, other: str, pairs: Mapping[float, Tree]) -> str:
     """Whether and where one overtakes the other."""
-    if not any(pair_["interval"] for pair_ in pairs.values()):
+    if not any(pair["interval"] for pair in pairs.values()):
         whys = listed(list(dict.fromkeys(map(untested, pairs.values())))) if pairs else "no budget has two results"
         return f"Nothing is shown about other seeds: {whys}."
-    leads = {x: other if pair_["difference"] > 0 else one for x, pair_ in pairs.items() if told(pair_)}
+    leads = {x: other if pair["difference"] > 0 else one for x, pair in pairs.items() if told(pair)}
     turns = [(x, y) for x, y in itertools.pairwise(leads) if leads[x] != leads[y]]
     if turns:
         x, y = turns[-1]
@@ -85,25 +74,24 @@ def _head(unit: str, one: str, other: str, pairs: Mapping[float, Tree]) -> str:
     return f"No overtaking is shown: {next(iter(leads.values()))} leads at {where} {unit}."
 
 
-def _lead(one: str, other: str, pair_: Tree) -> str:
-    if told(pair_):
-        return f"{other if pair_['difference'] > 0 else one} leads"
-    return "no difference can be told" if pair_["interval"] else untested(pair_)
+def _lead(one: str, other: str, pair: Tree) -> str:
+    if told(pair):
+        return f"{other if pair['difference'] > 0 else one} leads"
+    return "no difference can be told" if pair["interval"] else untested(pair)
 
 
 def _side(data: Data, arm: str) -> str:
     """Gold and KL of an arm at the end."""
-    golds, kls = ends(data, arm, "gold"), ends(data, arm, "kl")
-    found = cell(statements.cell(list(golds.values())))
-    return f"{found}{share(data, arm, len(golds))} at {nats(sum(kls.values()) / len(kls))}"
+    golds, kls = (list(data.measured(arm, name).values()) for name in ("gold", "kl"))
+    return f"{cell(statements.cell(golds))}{share(data, arm, len(golds))} at {nats(sum(kls) / len(kls))}"
 
 
 def _unbound(data: Data, unit: str, name: str, family: Family) -> str:
     """A warning where budgets of a family end in the very same runs: a cap that nothing reaches compares nothing."""
     groups: dict[str, list[float]] = {}
     for x, arm in sorted(family.items()):
-        if ends(data, arm, "gold"):
-            groups.setdefault(repr([ends(data, arm, key) for key in ("gold", "kl")]), []).append(x)
+        if data.measured(arm, "gold"):
+            groups.setdefault(repr([data.measured(arm, key) for key in ("gold", "kl")]), []).append(x)
     alike = [listed([f"{x:,.0f}" for x in group]) for group in groups.values() if len(group) > 1]
     if not alike:
         return ""

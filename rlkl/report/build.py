@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,8 @@ from markupsafe import Markup, escape
 
 import rlkl
 from rlkl import settings
-from rlkl.grid import fair, plan
+from rlkl.data import files
+from rlkl.grid import cost, fair, plan
 from rlkl.report import facets, figures, matched, svg
 from rlkl.report.answers import answers
 from rlkl.report.commands import commands
@@ -43,13 +43,7 @@ def report(folders: Sequence[str | Path], output: str | Path, gold: str | None =
     path = Path(output)
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; name a file, such as {path / 'report.html'}")
-    text = page(load(folders, gold), [str(folder) for folder in folders], gold)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror}); choose another --output") from None
+    files.write(path, page(load(folders, gold), [str(folder) for folder in folders], gold), overwrite=True)
     return path
 
 
@@ -110,11 +104,11 @@ def context(data: Data, folders: Sequence[str], gold: str | None = None) -> dict
         "fits": _fits(data),
         "collapse": _collapse(data, styles),
         "profile": figures.profile(data, styles),
-        "ended": _ended(data),
+        "ended": cost.endings(data.plan, {name: run.get("ended") for name, run in data.summary["runs"].items()}),
         "shown": shown(data),
         "differs": plan.diff(data.plan) if len(data.arms) > 1 else {},
         "flags": [fair.told(flag).removeprefix("warning: ") for flag in fair.flags(data.plan)],
-        "budgets": {name: cap for name, cap in data.plan.config.budgets.model_dump().items() if cap is not None},
+        "budgets": cost.caps(data.plan),
         "shared": _shared(data),
         "environments": _environments(data),
         "commands": commands(data, folders, gold),
@@ -179,7 +173,7 @@ def _fits(data: Data) -> list[tuple[str, str, Mapping[str, Any], float | None]]:
     """Arm, law, fit of gold, and its peak where evaluations surround it."""
     found = []
     for arm, row in data.summary["arms"].items():
-        kls = [point["kl"] for member in data.of(arm) for point in data.summary["runs"][member.name]["evaluations"]]
+        kls = [point["kl"] for rows in data.lines(arm).values() for point in rows]
         for law, fit in ((row.get("fits") or {}).get("gold") or {}).items():
             if fit:
                 found.append((arm, law, fit, figures.peak(law, fit, kls)))
@@ -192,15 +186,6 @@ def _collapse(data: Data, styles: dict[str, svg.Style]) -> list[list[Figure]]:
         name = key.rpartition("/")[2]
         made.append(figures.curve(data, styles, name, ("step", "step"), key, f"{title}, {unit}", f"{title} by step"))
     return _rows(made)
-
-
-def _ended(data: Data) -> list[str]:
-    """How many runs of each arm a cap has ended."""
-    caps: dict[tuple[str, str], int] = {}
-    for run in data.summary["runs"].values():
-        if run.get("ended"):
-            caps[run["arm"], run["ended"]] = caps.get((run["arm"], run["ended"]), 0) + 1
-    return [f"{arm}: {count} by {cap}" for (arm, cap), count in caps.items()]
 
 
 def _shared(data: Data) -> str:

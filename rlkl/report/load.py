@@ -82,6 +82,15 @@ class Data:
         """The runs of an arm that count."""
         return [member for member in self.members if member.arm == arm and member.error is None]
 
+    def lines(self, arm: str) -> dict[int, list[Row]]:
+        """Seed -> the evaluations of a run that counts."""
+        found = {member.seed: self.summary["runs"][member.name]["evaluations"] for member in self.of(arm)}
+        return {seed: rows for seed, rows in found.items() if rows}
+
+    def measured(self, arm: str, name: str, place: int = -1) -> dict[int, float]:
+        """Seed -> a quantity at the last (or at 0, the first) evaluation, whether or not runs get to ``match_kl``."""
+        return {seed: rows[place][name] for seed, rows in self.lines(arm).items()}
+
     @property
     def failed(self) -> list[Member]:
         """The runs that count nowhere."""
@@ -237,8 +246,7 @@ def _summary(whole: Plan, members: Sequence[Member], exact: Row | None) -> Row:
     """What the runs came to, as ``rlkl compare`` writes it."""
     found, ended = {}, {}
     for m in members:
-        here = m.config.model_copy(update={"name": m.folder.name, "folder": str(m.folder.parent)})
-        ended[m.name] = cost.bound(Run(m.arm, here, m.of))
+        ended[m.name] = cost.bound(m.folder)
         if m.error is not None:
             found[m.name] = results.Result(m.arm, m.seed, str(m.folder), m.error)
             continue

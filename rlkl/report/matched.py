@@ -1,15 +1,13 @@
 """What the tables say beside the statistics: counts, how far apart evaluations lie, and how often intervals hold."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from rlkl.grid import statements
 from rlkl.report.load import Data
-from rlkl.report.words import listed, nats
+from rlkl.report.words import Tree, listed, nats
 from rlkl.statistics import coverage
 from rlkl.statistics.frontier import crossing
-
-Tree = Mapping[str, Any]
 
 
 class Held(NamedTuple):
@@ -34,13 +32,7 @@ def ends(data: Data) -> dict[str, dict[str, Any]]:
 
 
 def _cell(data: Data, arm: str, key: str, place: int) -> dict[str, Any] | None:
-    return statements.cell([rows[place][key] for rows in _lines(data, arm)])
-
-
-def _lines(data: Data, arm: str) -> list[list[dict[str, Any]]]:
-    """The evaluations of each run of an arm that counts."""
-    found = (data.summary["runs"][member.name]["evaluations"] for member in data.of(arm))
-    return [rows for rows in found if rows]
+    return statements.cell(list(data.measured(arm, key, place).values()))
 
 
 def apart(data: Data) -> dict[float, dict[str, str]]:
@@ -49,7 +41,7 @@ def apart(data: Data) -> dict[float, dict[str, str]]:
     Empty where no run of the arm gets there.
     """
     places = [place["at"] for place in data.summary["matched"]["kl"]]
-    lines = {arm: [[row["kl"] for row in rows] for rows in _lines(data, arm)] for arm in data.arms}
+    lines = {arm: [[row["kl"] for row in rows] for rows in data.lines(arm).values()] for arm in data.arms}
     return {kl: {arm: _widest(each, kl) for arm, each in lines.items()} for kl in places}
 
 
@@ -67,7 +59,7 @@ def short(data: Data) -> str:
     match = data.summary["match_kl"]
     if not match or any(place["at"] == match for place in data.summary["matched"]["kl"]):
         return ""
-    most = max((row["kl"] for arm in data.arms for rows in _lines(data, arm) for row in rows), default=0.0)
+    most = max((row["kl"] for arm in data.arms for rows in data.lines(arm).values() for row in rows), default=0.0)
     return f"No run gets to {nats(match)} (match_kl); the furthest is at {rough(most)}."
 
 
@@ -137,5 +129,4 @@ def without_panel(data: Data, drawn: Iterable[str]) -> str:
 def _on_gold(data: Data, arm: str) -> bool:
     """Whether gold is all that weighs, and new samples are scored by it."""
     config = data.plan.arms[arm][0].config
-    weighing = {name: source.weight for name, source in config.rewards.items() if source.weight}
-    return not config.offline and list(weighing) == [data.gold] and weighing[data.gold] > 0
+    return not config.offline and not statements.proxy(config, data.gold)

@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 
 from rlkl.grid import statements
 from rlkl.report.load import Data
-from rlkl.report.tally import lost, share
-from rlkl.report.words import Answer, Tree, cell, listed, many, nats, number, told, untested
+from rlkl.report.words import Answer, Tree, cell, listed, lost, many, nats, number, share, told, untested
 from rlkl.statistics import pairwise
 
 Rows = Sequence[Mapping[str, Any]]
@@ -47,8 +46,7 @@ def answers(data: Data) -> Iterator[Answer]:
 
 def _falls(data: Data, arm: str) -> list[Fall]:
     """Of every run of an arm whose proxy was measured."""
-    runs = [data.summary["runs"][member.name]["evaluations"] for member in data.of(arm)]
-    runs = [rows for rows in runs if rows and all(row.get("proxy") is not None for row in rows)]
+    runs = [rows for rows in data.lines(arm).values() if all(row.get("proxy") is not None for row in rows)]
     return [_fall(rows, [other for other in runs if other is not rows]) for rows in runs]
 
 
@@ -66,8 +64,7 @@ def _fall(rows: Rows, others: Sequence[Rows]) -> Fall:
 
 
 def _test(falls: Sequence[Fall]) -> dict[str, Any]:
-    seen = pairwise.paired([fall.gold for fall in falls])
-    return {"n": len(falls), "difference": seen.value, "interval": seen.interval, "p": seen.p}
+    return {"n": len(falls), **pairwise.paired([fall.gold for fall in falls])._asdict()}
 
 
 def _fell(falls: Sequence[Fall]) -> bool:
@@ -78,7 +75,7 @@ def _fell(falls: Sequence[Fall]) -> bool:
 def _rises(falls: Sequence[Fall]) -> bool:
     """Whether the proxy is shown to rise too: its interval is above 0, or all runs gain the same."""
     seen = pairwise.paired([fall.proxy for fall in falls])
-    return seen.interval.low > 0 if seen.interval else seen.value > 0
+    return seen.interval.low > 0 if seen.interval else seen.difference > 0
 
 
 def _point(data: Data, arm: str, falls: Sequence[Fall], test: Tree) -> str:

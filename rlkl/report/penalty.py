@@ -7,8 +7,7 @@ from rlkl import settings
 from rlkl.grid import statements
 from rlkl.grid.cells import coordinates
 from rlkl.report.load import Data
-from rlkl.report.tally import ends, none, pair, share
-from rlkl.report.words import Answer, Tree, cell, difference, many, nats, number, told, untested, versus
+from rlkl.report.words import Answer, Tree, cell, difference, many, nats, none, number, share, told, untested, versus
 from rlkl.statistics import pairwise
 from rlkl.statistics.intervals import FEWEST
 
@@ -21,8 +20,8 @@ def answers(data: Data) -> Iterator[Answer]:
     asked, void = _asked(data)
     if not asked:
         return
-    spent = [pair(a, b, ends(data, a, "kl"), ends(data, b, "kl")) for a, b in asked]
-    spent = pairwise.corrected(spent)
+    kls = {arm: list(data.measured(arm, "kl").values()) for both in asked for arm in both}
+    spent = pairwise.corrected([pairwise.pair(a, b, kls[a], kls[b]) for a, b in asked])
     places = {place["at"]: _chosen(place["pairs"], asked) for place in data.summary["matched"]["kl"]}
     points, details, verdicts = [], [], []
     for (a, b), less in zip(asked, spent, strict=True):
@@ -30,7 +29,7 @@ def answers(data: Data) -> Iterator[Answer]:
         verdict, said = _at_equal_kl(known)
         verdicts.append(verdict)
         points.append(f"{_case(a, b, asked[a, b])}: {_at_the_end(data, a, b, less)}; {said}")
-        details.append(f"{b} against {a}, KL at the end: {difference(less)}")
+        details.append(f"{b} against {a}, KL at the end: {_brief(less)}")
         details += [f"{b} against {a}, {data.gold} at {nats(kl)}: {difference(one)}" for kl, one in known.items()]
     counts = [f"{text} in {n}" for text in dict.fromkeys(verdicts) if (n := verdicts.count(text))]
     head = f"{_less(spent)}{_ratio(data, asked)} At equal KL, {data.gold}: {', '.join(counts)}."
@@ -49,7 +48,7 @@ def _asked(data: Data) -> tuple[Ends, list[str]]:
     found: Ends = {}
     void: list[str] = []
     for family in map(sorted, families.values()):
-        there = [(beta, arm) for beta, arm in family if ends(data, arm, "kl")]
+        there = [(beta, arm) for beta, arm in family if data.measured(arm, "kl")]
         void += [arm for one, arm in family if len(family) > 1 and (one, arm) not in there]
         if len(there) > 1:
             (low, a), (high, b) = there[0], there[-1]
@@ -70,7 +69,7 @@ def _case(a: str, b: str, betas: tuple[float, float]) -> str:
 
 def _at_the_end(data: Data, a: str, b: str, less: Tree) -> str:
     """KL and gold at the end, and whether the KL is shown to differ."""
-    kls, golds = ({arm: ends(data, arm, name) for arm in (a, b)} for name in ("kl", "gold"))
+    kls, golds = ({arm: data.measured(arm, name) for arm in (a, b)} for name in ("kl", "gold"))
     kl = {arm: f"{_cell(kls[arm], least=0.0)}{share(data, arm, len(kls[arm]))}" for arm in (a, b)}
     way = ("less" if less["difference"] < 0 else "more") if less["difference"] else "equal"
     if told(less):
@@ -101,7 +100,7 @@ def _ratio(data: Data, asked: Ends) -> str:
 
     In logarithms, as a mean of KL is that of the runs which went far.
     """
-    both = [(ends(data, a, "kl"), ends(data, b, "kl")) for a, b in asked]
+    both = [(data.measured(a, "kl"), data.measured(b, "kl")) for a, b in asked]
     seeds = sorted(set.intersection(*(set(one) & set(other) for one, other in both)))
     if len(both) < 2 or len(seeds) < FEWEST or any(min(x[s] for s in seeds) <= 0 for case in both for x in case):
         return ""
@@ -110,7 +109,7 @@ def _ratio(data: Data, asked: Ends) -> str:
     if seen.interval is None:
         return ""
     low, high = map(math.exp, seen.interval)
-    text = f"{number(math.exp(seen.value))} [{number(low)}, {number(high)}]"
+    text = f"{number(math.exp(seen.difference))} [{number(low)}, {number(high)}]"
     return f" Over all cases, seed by seed, the largest β leaves {text} of the KL of the least (geometric mean)."
 
 

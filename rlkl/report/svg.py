@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rlkl.plots import MARKERS
+
 ARMS = ("#0b62c4", "#b8430a", "#15743a", "#7a35dd", "#b3185f", "#0c6f86", "#7a5000", "#4d5566")
 """Colours of arms; the page has a variable for each, with other values on a dark ground."""
 INK, SOFT, LINE = "#101418", "#5b6470", "#c9cfd6"
 VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line", **{colour: f"arm{k}" for k, colour in enumerate(ARMS)}}
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-MARKERS = "osD^vPX*"
 
 
 @dataclass(frozen=True)

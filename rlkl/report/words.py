@@ -1,10 +1,11 @@
-"""Numbers, estimates and comparisons of arms as they are read."""
+"""Numbers, estimates and comparisons of arms as they are read, and what became of runs without a result."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlkl.report.load import Data
 from rlkl.statistics.intervals import FEWEST
 
 Tree = Mapping[str, Any]
@@ -134,3 +135,31 @@ def listed(names: Sequence[str], most: int = 4) -> str:
     """Names with commas and an *and*; of more than ``most`` the first and how many more."""
     shown = list(names) if len(names) <= most else [*names[: most - 1], f"{len(names) - most + 1} more"]
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+
+
+def lost(data: Data, arm: str) -> str:
+    """How many runs of an arm have no result, by kind: *2 diverged and 1 not finished*; nothing where all have."""
+    kinds = [_kind(member.error) for member in data.failed if member.arm == arm]
+    counts = [f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)]
+    return listed(counts) if counts else ""
+
+
+def _kind(error: str | None) -> str:
+    text = error or ""
+    if text.startswith("diverged") or "not finite" in text:
+        return "diverged"
+    return "not finished" if text.startswith(("not finished", "never began")) else "failed"
+
+
+def share(data: Data, arm: str, n: int) -> str:
+    """Of how many of an arm's runs something is, where not of all: *, in 2 of 3 runs (1 diverged)*."""
+    runs, gone = data.summary["arms"][arm]["runs"], lost(data, arm)
+    return f", in {n} of {runs} runs{f' ({gone})' if gone else ''}" if n < runs else ""
+
+
+def none(data: Data, arms: Sequence[str], done: str) -> str:
+    """What is said of arms that have nothing to show: that they have no result, or that no run of them got there."""
+    void = [f"{arm} ({lost(data, arm)})" for arm in arms if not data.of(arm)]
+    short = [arm for arm in arms if data.of(arm)]
+    text = f" {listed(void)} {'has' if len(void) == 1 else 'have'} no result." if void else ""
+    return f"{text} Of {listed(short)} no run {done}." if short else text

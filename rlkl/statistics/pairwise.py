@@ -14,7 +14,7 @@ from rlkl.statistics.intervals import FEWEST, LEVEL, Floats, Interval, bounds, f
 class Difference(NamedTuple):
     """A difference of means, its interval and the two-sided p-value of no difference, both None where there is none."""
 
-    value: float
+    difference: float
     interval: Interval | None
     p: float | None
 
@@ -124,6 +124,22 @@ def holm(p: Sequence[float]) -> list[float]:
     adjusted = np.empty_like(steps)
     adjusted[order] = steps
     return [float(x) for x in adjusted]
+
+
+def pair(a: str, b: str, one: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+    """Two arms by what their seeds gave, the second less the first: Welch's test, and the probability of improvement.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    return {
+        "a": a,
+        "b": b,
+        "n": [len(one), len(other)],
+        **difference(one, other)._asdict(),
+        "improvement": improvement(one, other),
+        "improvement_interval": improvement_interval(one, other),
+    }
 
 
 def corrected(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
