@@ -13,7 +13,7 @@ from rlkl.config import AnnotationsSource
 from rlkl.data.annotated import Span
 from rlkl.data.spans import Decoded, add_up
 from rlkl.faults import limit
-from rlkl.importing import resolve
+from rlkl.importing import function
 from rlkl.rewards.function import probe_causality
 from rlkl.types import Rollout, TokenRewards
 
@@ -33,7 +33,7 @@ class AnnotationReward:
     def __init__(self, name: str, config: AnnotationsSource) -> None:
         self.name = name
         self.config = config
-        self.labeller = None if config.labeller is None else resolve(config.labeller, f"rewards.{name}.labeller")
+        self.labeller = function(name, config, "labeller")
         self._last: tuple[Rollout, list[list[Span]]] | None = None
 
     def __call__(self, rollout: Rollout) -> TokenRewards:

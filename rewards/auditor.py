@@ -7,7 +7,7 @@ import torch
 
 from rlkl import models
 from rlkl.config import CounterfactualSource
-from rlkl.importing import resolve
+from rlkl.importing import function
 
 Verdict = Callable[[str, str | None], Any]
 """``(x, x′ or None)`` to a verdict that can be compared; without x′, on x."""
@@ -50,11 +50,9 @@ def auditor(name: str, config: CounterfactualSource) -> Verdict | None:
     Raises:
         ValueError: it cannot be imported or loaded.
     """
+    if config.auditor is None or not config.classifies:
+        return function(name, config, "auditor")
     template, key = config.template_auditor, f"rewards.{name}.auditor"
-    if config.auditor is None:
-        return None
-    if not config.classifies:
-        return resolve(config.auditor, key, "x", "x_prime")
     try:
         return ClassifierAuditor(config.auditor, key, lambda x, y: template.format(x=x, x_prime=y))
     except ValueError as error:

@@ -10,7 +10,7 @@ from rlkl import RunError, models
 from rlkl.config import CounterfactualSource
 from rlkl.config.templates import context
 from rlkl.faults import limit
-from rlkl.importing import resolve
+from rlkl.importing import function
 from rlkl.policy import Policy
 from rlkl.rewards.auditor import auditor
 from rlkl.rewards.function import pay_at_end, probe_causality
@@ -42,8 +42,7 @@ class CounterfactualReward:
         self.scorer: Any = None
         self.tokenizer: Any = None
         self.context: int | None = None
-        key = f"rewards.{name}.outcome"
-        self.outcomes = None if config.outcome is None else resolve(config.outcome, key, "x", "x_prime")
+        self.outcomes = function(name, config, "outcome")
         self.predictor: Predictor | None = None
         if not self.own:
             self._load(config.scorer)

@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from rlkl import RunError, models, scoring
 from rlkl.config import AnnotationsSource, LearnedSource
 from rlkl.faults import limit
-from rlkl.importing import resolve
+from rlkl.importing import function
 from rlkl.reward_model.fit import fit
 from rlkl.rewards.annotations import AnnotationReward
 from rlkl.rewards.learned import LearnedReward
@@ -47,7 +47,7 @@ class TaughtReward:
             from rlkl.tasks import facts
 
             self.base = facts.load_path()
-        self.prefer = resolve(config.labeller, f"rewards.{name}.labeller")
+        self.prefer: Any = function(name, config, "labeller")
         self.scorer = LearnedReward(name, config, models.beginner(self.base, config.level, f"rewards.{name}.path"))
         self.marks: AnnotationReward | None = None
         if config.level == "token":

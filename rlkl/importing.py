@@ -15,13 +15,8 @@ from typing import Any
 from rlkl.config import Config
 from rlkl.config.base import FUNCTION
 
-KEYS: dict[str, tuple[str, ...]] = {
-    "path": (),
-    "labeller": (),
-    "auditor": ("x", "x_prime"),
-    "outcome": ("x", "x_prime"),
-}
-"""Keys of a source that name a function, and the arguments that are checked."""
+KEYS = ("path", "labeller", "auditor", "outcome")
+"""Keys of a source that name a function."""
 Asked = tuple[str, str, tuple[str, ...]]
 """What :func:`resolve` is given."""
 
@@ -59,17 +54,34 @@ def _takes(function: Callable[..., Any], named: str, arguments: Sequence[str]) -
     try:
         signature.bind(*arguments)
     except TypeError:
-        asked = ", ".join(arguments)
-        raise ValueError(f"{named}: is called with ({asked}) and takes {signature}; let it take both") from None
+        asked, these = ", ".join(arguments), "both" if len(arguments) > 1 else "that"
+        raise ValueError(f"{named}: is called with ({asked}) and takes {signature}; let it take {these}") from None
+
+
+def function(name: str, source: Any, key: str) -> Callable[..., Any] | None:
+    """What :func:`resolve` finds under a key of the source ``name``; None where it names nothing.
+
+    Raises:
+        ValueError: as above.
+    """
+    path = getattr(source, key)
+    return None if path is None else resolve(path, f"rewards.{name}.{key}", *_given(source, key))
+
+
+def _given(source: Any, key: str) -> tuple[str, ...]:
+    """The arguments of a function; none where they are not checked, as those of a score, which may be columns."""
+    if key == "labeller":
+        return ("completion_a", "completion_b") if getattr(source, "level", "") == "sequence" else ("completion",)
+    return () if key == "path" else ("x", "x_prime")
 
 
 def named(config: Config) -> Iterator[Asked]:
     """The functions of a run, as its rewards resolve them."""
     for name, source in config.rewards.items():
-        for key, arguments in KEYS.items():
+        for key in KEYS:
             path = getattr(source, key, None) if (source.type, key) != ("learned", "path") else None  # a folder
             if path is not None and re.fullmatch(FUNCTION, path):
-                yield path, f"rewards.{name}.{key}", arguments
+                yield path, f"rewards.{name}.{key}", _given(source, key)
 
 
 def mistakes(asked: Sequence[Asked]) -> list[str | None]:

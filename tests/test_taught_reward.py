@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,6 +122,22 @@ def test_a_signal_while_it_learns_before_the_first_step_ends_the_run(
     assert not taught.fits and not list(Path("runs/tiny/checkpoints").glob("*"))
     monkeypatch.setattr(taught, "prefer", ask)
     assert metrics(rlkl.train(changed(config, budget=4000), ["rewards.rm.budget=12"], overwrite=True))
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"labeller": "taught:letters"}, "taught:letters: is called with (completion_a, completion_b) and takes"),
+        (
+            {"labeller": "taught:prefer", "level": "token", "weights": {"letter": 1.0}},
+            "taught:prefer: is called with (completion) and takes (first: str, second: str) -> int; let it take that",
+        ),
+    ],
+)
+def test_a_labeller_of_another_kind_is_refused_before_the_start(config: Tree, keys: Tree, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        rlkl.train(changed(config, **keys))
+    assert not Path("runs").exists()
 
 
 @pytest.mark.usefixtures("quick")
