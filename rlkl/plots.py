@@ -89,7 +89,13 @@ def frontier(
     left.set_xticks(square_ticks(most))
     left.xaxis.set_major_formatter("{x:g}")
     left.set(xlabel="KL to the reference, nats a sequence (square-root scale)", ylabel=f"{gold} (held out)")
-    left.legend(frameon=False, fontsize=9)
+    if len(arms) <= 8:
+        left.legend(frameon=False, fontsize=9)
+    else:  # inside it would cover the lines
+        columns = math.ceil(len(arms) / 24)
+        figure.set_figwidth(figure.get_figwidth() + 4 * columns)
+        handles, names = left.get_legend_handles_labels()
+        figure.legend(handles, names, frameon=False, fontsize=9, loc="outside right upper", ncols=columns)
     for axis in right:
         axis.set(xlabel="labels asked for in training", xlim=(0, None))
     figure.suptitle("A line a run, a point an evaluation; the large one is the last", fontsize=10)

@@ -333,6 +333,12 @@ def test_the_frontier_has_a_line_a_run_a_colour_an_arm_and_a_root_axis(tmp_path,
     free = {arm: [[{**point, "labels": 0.0} for point in run] for run in runs] for arm, runs in arms.items()}
     plots.frontier(tmp_path / "f.png", free, "gold")
     assert len(kept[1].axes) == 1
+    many = {f"arm {k}": runs for k in range(9) for runs in free.values()}
+    plots.frontier(tmp_path / "f.png", many, "gold")
+    assert kept[2].axes[0].get_legend() is None  # beside the panels, where it covers no line
+    (legend,) = kept[2].legends
+    assert [text.get_text() for text in legend.get_texts()] == list(many)
+    assert legend.get_window_extent().x0 > kept[2].axes[0].get_window_extent().x1
 
 
 @pytest.mark.parametrize("most", [1e-6, 0.03, 0.7, 1.0, 9.7, 25.0, 300.0])
