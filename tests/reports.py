@@ -12,6 +12,7 @@ from conftest import write_jsonl
 from rlkl import settings
 from rlkl.config import dump
 from rlkl.grid import plan
+from rlkl.tracking import read_rows
 
 HOSTILE = '<script>document.title="owned"</script><img src=x onerror=alert(1)>'
 BASE = {
@@ -23,6 +24,8 @@ BASE = {
     "train": {"steps": 20},
 }
 TWO = {"low": {}, "high": {"optimiser": {"learning_rate": 0.002}}}
+PROXY = {"rewards": {"gold": {"weight": 0}, "proxy": {"type": "function", "path": "rlkl.tasks.facts:gold"}}}
+"""Trained on another reward than gold."""
 Law = Callable[[str, int, float], float]
 
 
@@ -61,6 +64,11 @@ def write(folder: Path, config: dict[str, Any], gold: Callable[[float], float], 
     write_jsonl(folder / "metrics.jsonl", [_metrics(step, gold) for step in steps])
     write_jsonl(folder / "samples.jsonl", [_sample(step, k, seed) for step in (0, 10, 20) for k in range(prompts)])
     write_jsonl(folder / "evaluations.jsonl", [_evaluation(step, gold) for step in steps])
+
+
+def rewrite(run: Path, changed: Callable[[dict[str, Any]], dict[str, Any]], name: str = "metrics") -> None:
+    """Other rows of a run's file."""
+    write_jsonl(run / f"{name}.jsonl", [changed(row) for row in read_rows(run / f"{name}.jsonl")])
 
 
 def _metrics(step: int, gold: Callable[[float], float]) -> dict[str, Any]:

@@ -1,13 +1,10 @@
 """The answers of a comparison's page, in words, and the numbers in them."""
 
-import json
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from reports import TWO, alike, compared, steady
+from reports import PROXY, TWO, alike, compared, rewrite, steady
 
 from rlkl.report.answers import answers
 from rlkl.report.build import report
@@ -16,7 +13,6 @@ from rlkl.report.words import Answer, cell, difference, listed, many, nats, numb
 
 FALL = "Is gold lost while the proxy still rises?"
 PENALTY = "What does the KL penalty buy?"
-PROXY = {"rewards": {"gold": {"weight": 0}, "proxy": {"type": "function", "path": "rlkl.tasks.facts:gold"}}}
 
 
 def asked(folder: Path) -> dict[str, str]:
@@ -37,16 +33,9 @@ def spoil(folder: Path, *runs: str) -> None:
         (folder / run / "error.txt").write_text("Traceback\nRunError: step 7: the loss is not finite\n")
 
 
-def rewrite(folder: Path, run: str, changed: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Other metrics of a run."""
-    path = folder / run / "metrics.jsonl"
-    rows = [changed(json.loads(line)) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def stretch(folder: Path, run: str, scale: float) -> None:
     """A run that goes this much further, with the same gold at every evaluation."""
-    rewrite(folder, run, lambda row: {**row, "kl/sequence": scale * row["kl/sequence"]})
+    rewrite(folder / run, lambda row: {**row, "kl/sequence": scale * row["kl/sequence"]})
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +237,7 @@ def test_a_proxy_that_was_never_measured_is_no_good_news(tmp_path):
     assert said.answer.endswith("Not measured: high (3 diverged).")
     assert [point.partition(":")[0] for point in said.points] == ["low"]
     for seed in range(3):
-        rewrite(folder, f"low,seed={seed}", lambda row: {k: x for k, x in row.items() if k != "reward/eval/proxy"})
+        rewrite(folder / f"low,seed={seed}", lambda row: {k: x for k, x in row.items() if k != "reward/eval/proxy"})
     assert answer(folder, FALL).answer == "It was not measured: no finished run has its proxy in its evaluations."
 
 
@@ -268,7 +257,7 @@ def test_one_lucky_run_that_gets_there_does_not_hide_what_is_shown(tmp_path):
     folder = compared(tmp_path, {**TWO, "lucky": {"optimiser": {"learning_rate": 0.5}}}, [0, 1, 2], steady)
     for seed in (0, 1):
         stretch(folder, f"lucky,seed={seed}", 0.2)
-    rewrite(folder, "lucky,seed=2", lambda row: {**row, "reward/eval/gold": 0.9})
+    rewrite(folder / "lucky,seed=2", lambda row: {**row, "reward/eval/gold": 0.9})
     said = answer(folder, "Which arm gets the most gold at 1 nat?")
     assert said.answer.startswith(
         "lucky has the highest mean, 0.900, in 1 of 3 runs; nothing is shown about other seeds"
@@ -347,8 +336,7 @@ def test_runs_that_are_the_same_up_to_a_place_are_named_in_a_factor(tmp_path):
     folder = compared(tmp_path, TWO, [0, 1, 2], steady, axes={"train.budget.labels": [160, 640]})
     for seed in (0, 1, 2):
         rewrite(
-            folder,
-            f"low,labels=160,seed={seed}",
+            folder / f"low,labels=160,seed={seed}",
             lambda row: {**row, "reward/eval/gold": row["reward/eval/gold"] / (1 + (row["step"] > 10))},
         )
     details = answer(folder, "Which arm gets the most gold, the rest being equal?").details

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from reports import BASE, HOSTILE, TWO, alike, compared, steady, write
+from reports import BASE, HOSTILE, TWO, alike, compared, rewrite, steady, write
 
 from rlkl.cli import main
 from rlkl.report import svg
@@ -168,11 +168,11 @@ def test_samples_stand_side_by_side_once_before_training_and_once_an_arm(folder)
 
 def test_an_arm_that_has_collapsed_leaves_the_others_their_colours(tmp_path):
     folder = compared(tmp_path, {**TWO, "wild": {"optimiser": {"learning_rate": 0.1}}}, [0], steady)
-    path = folder / "wild,seed=0/samples.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for row in rows:
-        row["tokens"]["kl"] = [20.0 * x for x in row["tokens"]["kl"]]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def wild(row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, "tokens": {**row["tokens"], "kl": [20.0 * x for x in row["tokens"]["kl"]]}}
+
+    rewrite(folder / "wild,seed=0", wild, "samples")
     found = shown(load([folder]))
     assert max(x for one in found.numbers for x in one["kl"]) > 10
     assert 0.5 < found.scale["kl"] <= 1

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import write_jsonl
-from reports import BASE, compared, write
+from reports import BASE, PROXY, TWO, compared, rewrite, steady, write
 
 from rlkl.grid import compare, plan
 from rlkl.report import build, facets
@@ -19,7 +19,6 @@ from rlkl.report.figures import kept, peak
 from rlkl.report.load import load
 from rlkl.tracking import read_rows
 
-TWO = {"low": {}, "high": {"optimiser": {"learning_rate": 0.002}}}
 WHITE = {"on": {"credit": {"whiten_advantages": True}}, "off": {"credit": {"whiten_advantages": False}}}
 EXACT = {
     "key": "k",
@@ -28,10 +27,6 @@ EXACT = {
     "mass": 1.0,
     "prompts": 2,
 }
-
-
-def steady(arm: str, seed: int, kl: float) -> float:
-    return 0.3 + (0.2 if "high" in arm else 0.1) * kl**0.5 + 0.01 * (seed - 1)
 
 
 def test_a_page_made_again_states_what_the_comparison_did(tmp_path, capsys):
@@ -97,12 +92,11 @@ def test_a_damaged_summary_is_made_anew(tmp_path):
 def test_runs_that_never_leave_their_reference_are_drawn(tmp_path):
     """Their exact KL is 0 but for rounding, which may be below it."""
     folder = compared(tmp_path, TWO, [0, 1, 2], steady)
-    still = [*folder.glob("low,*/metrics.jsonl"), *folder.glob("high,seed=0/metrics.jsonl")]
-    for path in still:
-        write_jsonl(path, [{**row, "kl/sequence": -1e-9} for row in read_rows(path)])
+    for run in (*folder.glob("low,*"), folder / "high,seed=0"):
+        rewrite(run, lambda row: {**row, "kl/sequence": -1e-9})
     assert "low 0.300 to 0.500 at 0 nats" in build.report([folder], tmp_path / "page.html").read_text(encoding="utf-8")
-    for path in folder.glob("high,*/metrics.jsonl"):
-        write_jsonl(path, [{**row, "kl/sequence": -1e-9} for row in read_rows(path)])
+    for run in folder.glob("high,*"):
+        rewrite(run, lambda row: {**row, "kl/sequence": -1e-9})
     assert "high 0.300 to 0.700 at 0 nats" in build.report([folder], tmp_path / "page.html").read_text(encoding="utf-8")
 
 
@@ -145,9 +139,7 @@ def test_budgets_that_all_have_are_said_of_all(tmp_path):
 
 def thirty(folder: Path, arms: int, seeds: int, evaluations: int) -> Path:
     """A comparison whose runs have as many evaluations, of gold and a proxy, and samples that fill their room."""
-    proxy = {"type": "function", "path": "rlkl.tasks.facts:gold"}
-    rewards = {"gold": {"weight": 0}, "proxy": proxy}
-    changes = {f"arm{k}": {"optimiser": {"learning_rate": 1e-3 * (k + 1)}, "rewards": rewards} for k in range(arms)}
+    changes = {f"arm{k}": {"optimiser": {"learning_rate": 1e-3 * (k + 1)}, **PROXY} for k in range(arms)}
     made = compared(folder, changes, range(seeds), steady)
     for run in made.glob("*,seed=*"):
         draw = random.Random(run.name)
@@ -339,8 +331,7 @@ def test_every_run_has_its_command_and_files_their_own_names(tmp_path):
 
 
 def test_panels_beyond_the_first_twelve_are_folded_not_lost(tmp_path):
-    proxy = {"gold": {"weight": 0}, "proxy": {"type": "function", "path": "rlkl.tasks.facts:gold"}}
-    arms = {f"arm{k}": {"optimiser": {"learning_rate": 1e-3 * (k + 1)}, "rewards": proxy} for k in range(13)}
+    arms = {f"arm{k}": {"optimiser": {"learning_rate": 1e-3 * (k + 1)}, **PROXY} for k in range(13)}
     page = build.report([compared(tmp_path, arms, [0], steady)], tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<summary>The other 1 arm</summary>" in page
     assert [k for k in range(13) if f"<figcaption>arm{k}</figcaption>" not in page] == []
