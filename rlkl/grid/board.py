@@ -6,12 +6,13 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from rlkl.grid.cost import minutes
 from rlkl.grid.plan import Run
 
 QUIET = 30.0
@@ -119,8 +120,13 @@ class Board:
             rows = sorted(rows, key=lambda row: (SHOWN[row.state], -row.ended))[:room]
         for row in rows:
             style = {"failed": "red", "running": "bold", "finished": "green"}.get(row.state, "dim")
-            cells = [f"{row.step}/{row.steps}" if row.step else "", _number(row.gold), _number(row.kl), _time(row.left)]
-            out.add_row(row.run.config.name, row.state, *cells, style=style)
+            cells = [
+                f"{row.step}/{row.steps}" if row.step else "",
+                _number(row.gold),
+                _number(row.kl),
+                minutes(row.left),
+            ]
+            out.add_row(row.run.config.name, row.state, *cells, minutes(row.left), style=style)
         return out
 
     def summary(self) -> str:
@@ -130,7 +136,7 @@ class Board:
         failed = states.count("failed")
         text = f"{done} of {len(states)} runs done" + (f", {failed} failed" if failed else "")
         left = self._left()
-        return text + (f", about {_time(left)} left" if left else "")
+        return text + (f", about {minutes(left)} left" if left else "")
 
     def _left(self) -> float | None:
         """Seconds to the end: what runs at its own pace, what has made no step yet at the mean pace so far, shared by
@@ -176,10 +182,3 @@ def console() -> Console:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
-
-
-def _time(seconds: Any) -> str:
-    if seconds is None:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

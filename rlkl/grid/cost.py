@@ -98,11 +98,11 @@ def table(plan: Plan, kept: Sequence[Run], workers: int) -> tuple[Table, str]:
         tuned = plan.config.tuning.get(runs[0].of)
         cells = [f"{one[name]:,}" for name in total]
         seeds = ", ".join(str(run.config.seed) + (" (kept)" if run in kept else "") for run in runs)
-        out.add_row(arm, seeds, *cells, "not said" if tuned is None else str(tuned), _time(left[arm]))
+        out.add_row(arm, seeds, *cells, "not said" if tuned is None else str(tuned), minutes(left[arm]) or "?")
     total["tokens"] += (once := recorded(plan))
     told = "in all at most " + ", ".join(f"{n:,} {name}" for name, n in total.items())
     known = [x for x in left.values() if x is not None]
-    when = f"about {_time(sum(known) / workers)} with {workers} at a time" if known else "time: no run has steps yet"
+    when = f"about {minutes(sum(known) / workers)} with {workers} at a time" if known else "time: no run has steps yet"
     told += " (the tokens once a seed, replayed to every arm)" if once else ""
     return out, f"{told}; {when}; evaluations ask and sample on top"
 
@@ -143,8 +143,9 @@ def tuning(made: Plan) -> dict[str, int | None]:
     return {arm: made.config.tuning.get(arm) for arm in made.config.arms}
 
 
-def _time(seconds: float | None) -> str:
+def minutes(seconds: float | None) -> str:
+    """A time to be read; nothing where it is not known."""
     if seconds is None:
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+        return ""
+    whole, rest = divmod(round(seconds), 60)
+    return f"{whole} min {rest:02d} s" if whole else f"{rest} s"
