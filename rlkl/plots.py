@@ -1,11 +1,11 @@
 """Pictures of one run, and of several side by side."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlkl.data import files
 from rlkl.tracking import read_metrics
 
 MARKERS = "osD^vPX*"
@@ -131,9 +131,8 @@ def cosines(path: Path, found: Mapping[str, Any]) -> Path:
 
 def _save(figure: Any, path: Path) -> None:
     """Write a picture whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    figure.savefig(part, format=path.suffix.removeprefix("."), dpi=150)
-    os.replace(part, path)
+    with files.whole(path) as part:
+        figure.savefig(part, format=path.suffix.removeprefix("."), dpi=150)
 
 
 def _runs(axis: Any, arms: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], key: str) -> None:

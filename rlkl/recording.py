@@ -19,6 +19,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from rlkl.config import Config
+from rlkl.data import files
 from rlkl.data.prompts import PromptSet
 from rlkl.types import Batch, Rollout
 
@@ -109,9 +110,8 @@ def inspect(rollout: Rollout, batch: Batch, run: Path, step: int, rank: int) -> 
 
 def _write(path: Path, data: bytes) -> None:
     """Whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(data)
-    os.replace(part, path)
+    with files.whole(path) as part:
+        part.write_bytes(data)
 
 
 def load(run: Path, step: int, signed: Signature | None = None, tokenizer: Any = None) -> Rollout:

@@ -92,7 +92,7 @@ def test_a_step_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         for step in (1, 2):
             with pytest.raises(KeyboardInterrupt):
                 recording.save(every_field(torch.float32), tmp_path, step, {"run": 2})
-    assert {p.name: p.read_bytes() for p in (tmp_path / "rollouts").glob("step_*")} == before
+    assert {p.name: p.read_bytes() for p in (tmp_path / "rollouts").iterdir()} == before
     assert recording.steps(tmp_path) == [1]
     recording.save(make_rollout(), tmp_path, 2, {})
     (tmp_path / "rollouts/step_2.safetensors").unlink()

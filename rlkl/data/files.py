@@ -1,8 +1,8 @@
 """JSON lines in, whole files out."""
 
+import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -111,20 +111,19 @@ def write(path: Path, content: str, overwrite: bool = False) -> None:
             raise ValueError(f"{path}: exists; name another file{'' if path.is_dir() else ', or pass --overwrite'}")
         if not path.parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.parent}; make it first")
-        _write(path, content)
+        with whole(path) as part:
+            part.write_text(content, encoding="utf-8", newline="\n")
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror}); name another file") from None
 
 
-def _write(path: Path, content: str) -> None:
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write instead of ``path``, whose place it takes once it is written."""
+    part = path.with_name(f".{path.name}.part")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(part, 0o666 & ~umask)  # a temporary file is private, the result need not be
+        yield part
         os.replace(part, path)
     except BaseException:
-        os.unlink(part)
+        part.unlink(missing_ok=True)
         raise
