@@ -175,7 +175,7 @@ def test_on_a_tty_there_is_a_live_table(runs, monkeypatch):
         assert cells[1] == ["running", "failed", "preparing", "kept"]
         assert cells[2] == ["1/2", "", "", "2/2"]
         assert cells[3] == ["0.5", "", "", "0.25"]
-        assert cells[5][0] == "10 s"
+        assert cells[5:] == [["10 s", "", "", ""]]
         assert shown.summary() == "2 of 4 runs done, 1 failed, about 15 s left"  # (10 to go + 20 that waits) / 2
         shown.tick()
         assert (shown.rows[runs[0].config.name].step, shown.rows[runs[0].config.name].kl) == (2, 1.5)

@@ -120,12 +120,7 @@ class Board:
             rows = sorted(rows, key=lambda row: (SHOWN[row.state], -row.ended))[:room]
         for row in rows:
             style = {"failed": "red", "running": "bold", "finished": "green"}.get(row.state, "dim")
-            cells = [
-                f"{row.step}/{row.steps}" if row.step else "",
-                _number(row.gold),
-                _number(row.kl),
-                minutes(row.left),
-            ]
+            cells = [f"{row.step}/{row.steps}" if row.step else "", _number(row.gold), _number(row.kl)]
             out.add_row(row.run.config.name, row.state, *cells, minutes(row.left), style=style)
         return out
 
