@@ -3,8 +3,9 @@
 import ssl
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 
-import huggingface_hub
+import huggingface_hub.constants
 
 
 def cached(name: str) -> bool:
@@ -22,6 +23,6 @@ def answers() -> bool:
         urllib.request.urlopen(asked, timeout=10).close()
     except urllib.error.HTTPError:
         return True
-    except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # other certificates may be trusted there
+    except (OSError, HTTPException) as error:
+        return isinstance(getattr(error, "reason", None), ssl.SSLError)  # other certificates may be trusted there
     return True

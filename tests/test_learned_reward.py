@@ -1,6 +1,8 @@
 """A reward model as a source: what it reads, where it is paid, and what is refused."""
 
+import itertools
 from email.message import Message
+from http.client import BadStatusLine
 from pathlib import Path
 from socket import gaierror
 from ssl import SSLError
@@ -164,7 +166,7 @@ def test_what_is_no_reward_model_is_refused(make: Any, why: str, tiny_model: Pat
 
 def test_a_name_that_is_no_folder_waits_for_no_hub_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     def away(*_: Any, **__: Any) -> Any:
-        raise URLError(answer) if answer else HTTPError("u", 401, "no", Message(), None)
+        raise answer
 
     def asked(*_: Any, **__: Any) -> Any:
         raise OSError("the Hub was asked")
@@ -172,8 +174,10 @@ def test_a_name_that_is_no_folder_waits_for_no_hub_that_is_away(monkeypatch: pyt
     monkeypatch.setattr("rlkl.models._whole", asked)
     monkeypatch.setattr("urllib.request.urlopen", away)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    answer: Exception | None = gaierror("no such host")
-    for name in ("nofolder", "no/folder"):
+    answer: Exception
+    failures = (URLError(gaierror("no such host")), TimeoutError("timed out"), BadStatusLine("garbage"))
+    for name, failure in itertools.product(("nofolder", "no/folder"), failures):
+        answer = failure
         with pytest.raises(
             ValueError, match=rf"^rewards\.rm\.path={name}: .*there is no such folder here, and the Hub do"
         ):
@@ -184,7 +188,7 @@ def test_a_name_that_is_no_folder_waits_for_no_hub_that_is_away(monkeypatch: pyt
     with pytest.raises(ValueError, match="the Hub was asked"):
         source(Path("downloaded"))
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
-    for reached in (SSLError("certificate"), None):
+    for reached in (URLError(SSLError("certificate")), HTTPError("u", 401, "no", Message(), None)):
         answer = reached
         with pytest.raises(ValueError, match="the Hub was asked"):
             source(Path("gpt2"))
