@@ -12,9 +12,10 @@ from rlkl.config import AnnotationsSource
 from rlkl.data.annotated import Annotated, Span
 from rlkl.data.spans import to_rollout
 from rlkl.rewards.annotations import AnnotationReward
+from rlkl.sampling import given
 from rlkl.tasks import facts
 from rlkl.tasks.pretrain import train_tokenizer
-from rlkl.types import End, Rollout
+from rlkl.types import Rollout
 
 TEXTS = [
     " Paris is the capital of Canada. Cuba has its capital in Havana.",
@@ -82,16 +83,15 @@ def as_mappings(text: str) -> list[dict[str, Any]]:
     return [{"start": i, "end": i + 1, "label": "right"} for i, c in enumerate(text) if c.isupper()]
 
 
+def byte_by_byte(text: str) -> Rollout:
+    """A completion of which every byte is a token, ended by the limit."""
+    ids = [TOKENIZER.convert_tokens_to_ids(bytes_to_unicode()[b]) for b in text.encode()]
+    return given([[0]], [ids], columns={"prompt": ["x"]}, decode=TOKENIZER.decode)
+
+
 @pytest.mark.parametrize(("lookahead", "expected"), [(0, ["P", "PaR"]), (1, ["Pa", "PaR"]), (2, ["PaR", "PaR"])])
 def test_the_lookahead_delays_the_payment_up_to_the_last_token(lookahead, expected):
-    ids = [[TOKENIZER.convert_tokens_to_ids(c) for c in "PaR"]]
-    rollout = replace(
-        sampled(["x"]),
-        tokens_BT=torch.tensor(ids),
-        length_B=torch.tensor([3]),
-        policy_mask_BT=torch.ones(1, 3, dtype=torch.bool),
-        end_B=torch.tensor([End.LIMIT]),
-    )
+    rollout = byte_by_byte("PaR")
     source = reward("test_annotation_reward:last_word", lookahead=lookahead)
     source.probe(rollout)
     result = source(rollout)
@@ -100,14 +100,7 @@ def test_the_lookahead_delays_the_payment_up_to_the_last_token(lookahead, expect
 
 
 def test_a_character_of_several_tokens_is_paid_at_its_last():
-    ids = [[TOKENIZER.convert_tokens_to_ids(bytes_to_unicode()[b]) for b in "Éa".encode()]]
-    rollout = replace(
-        sampled(["x"]),
-        tokens_BT=torch.tensor(ids),
-        length_B=torch.tensor([3]),
-        policy_mask_BT=torch.ones(1, 3, dtype=torch.bool),
-        end_B=torch.tensor([End.LIMIT]),
-    )
+    rollout = byte_by_byte("Éa")
     source = reward("test_annotation_reward:last_word", lookahead=0)
     source.probe(rollout)
     assert source(rollout).value_BT.tolist() == [[0.0, 0.5, 0.0]]
