@@ -140,6 +140,17 @@ def test_where_one_arm_overtakes_another_is_found_between_two_budgets(tmp_path):
     ]
 
 
+def test_an_arm_that_is_overtaken_in_its_turn_is_said_to_be(tmp_path):
+    def law(arm: str, seed: int, kl: float) -> float:
+        better = ("labels=200" in arm) == arm.startswith("high")
+        return 0.3 + (0.2 if better else 0.1) * kl**0.5 + 0.002 * (seed - 1)
+
+    folder = compared(tmp_path, TWO, [0, 1, 2], law, axes={"train.budget.labels": [100, 200, 300]})
+    said = answer(folder, "At what budget of labels does one of low and high overtake the other?").answer
+    turns = "high overtakes low between 100 and 200; low overtakes high between 200 and 300 labels."
+    assert said.startswith(turns)
+
+
 def test_budgets_are_compared_at_the_end_whatever_kl_is_matched(tmp_path):
     """At 1 nat, the matched KL, runs of every budget are the same; later they are not."""
 

@@ -268,6 +268,12 @@ def test_the_markdown_says_what_its_intervals_are(made):
     assert all(line.count("|") in (0, *range(3, 12)) for line in text.splitlines())
 
 
+def test_a_range_below_0_is_no_row_of_dashes():
+    few = {"mean": -0.2, "min": -0.3, "max": -0.1, "interval": None}
+    assert tables.estimate(few) == "-0.200 (-0.300 to -0.100)"
+    assert tables.estimate(few | {"mean": 0.2, "min": 0.1, "max": 0.3}) == "0.200 (0.100–0.300)"
+
+
 def test_the_csv_has_a_row_a_cell(made):
     for run in made.runs:
         write(run)

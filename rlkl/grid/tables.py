@@ -199,5 +199,5 @@ def _cell(name: str, cell: Tree | None) -> str:
         return f"{mean:.3f}"
     if cell["interval"]:
         low, high = cell["interval"]["low"], cell["interval"]["high"]
-    to = " to " if cell["interval"] else "–"
+    to = " to " if cell["interval"] or low < 0 else "–"
     return f"{mean:.3f}" + (f" ({low:.3f}{to}{high:.3f})" if low < high else "")

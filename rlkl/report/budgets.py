@@ -66,8 +66,8 @@ def _head(unit: str, one: str, other: str, pairs: Mapping[float, Tree]) -> str:
     leads = {x: other if pair["difference"] > 0 else one for x, pair in pairs.items() if told(pair)}
     turns = [(x, y) for x, y in itertools.pairwise(leads) if leads[x] != leads[y]]
     if turns:
-        x, y = turns[-1]
-        return f"{leads[y]} overtakes {leads[x]} between {x:,.0f} and {y:,.0f} {unit}."
+        said = [f"{leads[y]} overtakes {leads[x]} between {x:,.0f} and {y:,.0f}" for x, y in turns]
+        return f"{'; '.join(said)} {unit}."
     if not leads:
         return "At no budget can a difference be told."
     where = listed([f"{x:,.0f}" for x in leads], most=len(leads))
