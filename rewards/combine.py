@@ -135,6 +135,11 @@ class WeightedSum:
         """
         return self._taught("learn", rollout, step)
 
+    @property
+    def spent(self) -> dict[str, int]:
+        """Source -> labels that it has learned from in this run."""
+        return {name: getattr(reward, "spent", 0) for name, (reward, _) in self.sources.items()}
+
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """What every source has learned, and the statistics of those that are whitened: source -> key -> value."""
         state: dict[str, dict[str, Any]] = {}

@@ -124,6 +124,11 @@ class CounterfactualReward:
         """
         return {} if self.predictor is None else self.predictor.learn(rollout, step, self._observed)
 
+    @property
+    def spent(self) -> int:
+        """Outcomes that a joint predictor has learned from."""
+        return 0 if self.predictor is None else self.predictor.spent
+
     def state_dict(self) -> dict[str, Any]:
         """What the predictor has learned."""
         return {} if self.predictor is None else self.predictor.state_dict()

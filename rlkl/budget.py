@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from rlkl.config.budget import asked, drawn
+from rlkl.config.budget import asked, drawn, judged, learned
 from rlkl.lane import Lane
 from rlkl.reduce import global_max
 
@@ -19,7 +19,7 @@ def reached(lane: Lane) -> str | None:
     after = {
         "tokens": lane.generated + drawn(lane.config),
         "queries": lane.queries + asked(lane.config) + stored,
-        "labels": lane.labels + asked(lane.config, labels=True) + stored,
+        "labels": lane.labels + judged(lane.config) + stored + learned(lane.config, rest + 1, lane.reward.spent),
         "steps": rest + 1,
         "seconds": lane.seconds * (rest + 1) / rest,
     }

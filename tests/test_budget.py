@@ -120,22 +120,25 @@ JOINT = {
 
 
 @pytest.mark.parametrize(
-    ("source", "before", "most"),
+    ("source", "before", "step", "most"),
     [
-        (TAUGHT, 100, 100),
-        ({**TAUGHT, "schedule": "online", "start": 0.2}, 20, 100),
-        (JOINT, 30, 100),
-        ({**JOINT, "auditor": "rlkl.tasks.fix:audit"}, 30, 100 + 12 * 4),
-        ({**JOINT, "auditor": "somebody/classifier"}, 30, 100),
+        (TAUGHT, 100, 0, 100),
+        ({**TAUGHT, "schedule": "online", "start": 0.2}, 20, 0, 100),
+        ({**TAUGHT, "schedule": "online", "start": 0.2, "every": 1}, 20, 2, 100),
+        (JOINT, 30, 4, 100),
+        ({**JOINT, "every": 2}, 30, 0, 100),
+        ({**JOINT, "auditor": "rlkl.tasks.fix:audit"}, 30, 8, 100 + 12 * 4),
+        ({**JOINT, "auditor": "somebody/classifier"}, 30, 4, 100),
     ],
 )
-def test_what_learns_in_the_run_counts_by_its_own_cap(tiny_config, source, before, most):
+def test_what_learns_in_the_run_counts_by_its_own_cap(tiny_config, source, before, step, most):
     config = {**changed(tiny_config, {"train.steps": 12}), "rewards": {"source": source}}
     assert labels(settings.load(config), 12) == most
-    with pytest.raises(
-        ValueError, match=rf"train.budget.labels={before - 1}: before the first step .* {before}; raise"
-    ):
-        settings.load(changed(config, {"train.budget.labels": before - 1}))
+    least = before + step
+    said = rf"train.budget.labels={least - 1}: before the first step .* {before}, and that step may take {step}; raise"
+    with pytest.raises(ValueError, match=said):
+        settings.load(changed(config, {"train.budget.labels": least - 1}))
+    assert settings.load(changed(config, {"train.budget.labels": least})).train.budget.labels == least
     watched = {**config, "rewards": {"source": {**source, "weight": 0}, **tiny_config["rewards"]}}
     assert labels(settings.load(watched), 12) == 12 * 4
 

@@ -124,6 +124,15 @@ def test_a_signal_while_it_learns_before_the_first_step_ends_the_run(
     assert metrics(rlkl.train(changed(config, budget=4000), ["rewards.rm.budget=12"], overwrite=True))
 
 
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("cap", "step", "labels"), [(10, 3, 10), (11, 3, 10), (12, 6, 12), (100, 6, 12)])
+def test_a_cap_on_labels_knows_when_it_asks_and_for_how_many(config: Tree, cap: int, step: int, labels: int) -> None:
+    """Six labels before the first step, four (pairs of 16 samples) at step 2, and the last two at step 4."""
+    whole = {**changed(config, **ONLINE), "train": {"steps": 6, "budget": {"labels": cap}}}
+    last = metrics(rlkl.train(whole))[-1]
+    assert (last["step"], last["reward/labels"]) == (step, labels)
+
+
 @pytest.mark.parametrize(
     ("keys", "said"),
     [

@@ -48,3 +48,7 @@ class RewardSource(Section):
     def taught(self) -> tuple[int, int]:
         """Labels that it learns from during a run: before the first step, and in all, at most."""
         return 0, 0
+
+    def lesson(self, step: int, prompts: int, samples: int) -> int:
+        """Labels that it asks for to learn from the samples of a training step, while its budget lasts."""
+        return 0

@@ -1,6 +1,7 @@
 """The section ``train.budget``: caps at which a run ends. Torch-free."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -33,18 +34,38 @@ def drawn(config: "Config") -> int:
     return 0 if config.offline else r.prompts * config.samples * r.max_new_tokens
 
 
-def asked(config: "Config", labels: bool = False) -> int:
-    """Scores that a step asks for, at most: of every source that weighs, and of stored completions their labels.
+def asked(config: "Config") -> int:
+    """Scores that a step asks for, at most: of every source that weighs, and of stored completions their labels."""
+    return _step(config, len(_asking(config)))
 
-    With ``labels`` only those that somebody judges: not a model's scores.
+
+def judged(config: "Config") -> int:
+    """Labels that a step asks for: scores of sources that judge, not a model's; what learns on the way apart."""
+    return _step(config, sum(source.judged for source in _asking(config)))
+
+
+def learned(config: "Config", step: int, spent: Mapping[str, int] | None = None) -> int:
+    """Labels that a step gives to sources that learn on the way, at most.
+
+    Args:
+        spent: source -> labels that it has had; without it those of before the first step.
     """
-    asking = [source for source in config.rewards.values() if source.weight]
-    asking = [s for s in asking if not (s.type == "annotations" and s.labeller is None)]
-    count = len(asking)
-    if labels:  # a source that is taught on the way has all of a step's samples labelled, every few steps
-        count = sum(s.judged for s in asking) + sum(s.taught[1] > s.taught[0] for s in asking)
-    stored = config.rollout.prompts if config.offline else 0
-    return config.rollout.prompts * config.samples * count + stored
+    count = 0
+    for name, source in config.rewards.items():
+        before, cap = source.taught
+        left = cap - (before if spent is None else spent[name]) if source.weight else 0
+        count += min(left, source.lesson(step, config.rollout.prompts, config.samples)) if left > 0 else 0
+    return count
+
+
+def _asking(config: "Config") -> list[Any]:
+    weighing = [source for source in config.rewards.values() if source.weight]
+    return [s for s in weighing if not (s.type == "annotations" and s.labeller is None)]
+
+
+def _step(config: "Config", sources: int) -> int:
+    """Scores of a step by so many sources, and the labels of stored completions."""
+    return config.rollout.prompts * (config.samples * sources + config.offline)
 
 
 def taught(config: "Config") -> tuple[int, int]:
@@ -55,9 +76,7 @@ def taught(config: "Config") -> tuple[int, int]:
 
 def labels(config: "Config", steps: int) -> int:
     """Labels of a run of so many steps, at most: what learns in the run stops at its own cap."""
-    on_the_way = sum(s.taught[1] > s.taught[0] for s in config.rewards.values() if s.weight)
-    a_step = asked(config, labels=True) - config.rollout.prompts * config.samples * on_the_way
-    return steps * a_step + taught(config)[1]
+    return steps * judged(config) + taught(config)[1]
 
 
 def check(config: "Config") -> None:
@@ -67,13 +86,16 @@ def check(config: "Config") -> None:
         ValueError: it names the cap and what a step may take.
     """
     budget = config.train.budget
-    steps = {"tokens": drawn(config), "queries": asked(config), "labels": asked(config, labels=True)}
+    before = taught(config)[0]
+    steps = {"tokens": drawn(config), "queries": asked(config), "labels": judged(config) + learned(config, 1)}
     for name, step in steps.items():
         cap = getattr(budget, name)
         if cap is not None and cap < step:
             raise ValueError(
                 f"train.budget.{name}={cap}: a single step may take {step}; raise it, or make steps smaller"
             )
-    before, cap = taught(config)[0], budget.labels
-    if cap is not None and cap < before:
-        raise ValueError(f"train.budget.labels={cap}: before the first step sources learn from {before}; raise it")
+    if budget.labels is not None and budget.labels < before + steps["labels"]:
+        raise ValueError(
+            f"train.budget.labels={budget.labels}: before the first step sources learn from {before}, "
+            f"and that step may take {steps['labels']}; raise it"
+        )

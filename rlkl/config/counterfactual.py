@@ -129,6 +129,10 @@ class CounterfactualSource(RewardSource):
         """What the joint predictor observes."""
         return (round(self.start * self.budget), self.budget) if self.budget is not None else (0, 0)
 
+    def lesson(self, step: int, prompts: int, samples: int) -> int:
+        """Outcomes of all samples of every N-th step."""
+        return 0 if self.budget is None or step % self.every else prompts * samples
+
     @property
     def classifies(self) -> bool:
         """Whether the auditor is a model."""

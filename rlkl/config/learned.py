@@ -110,6 +110,14 @@ class LearnedSource(RewardSource):
             return 0, 0
         return (self.budget if self.schedule == "frozen" else max(1, round(self.start * self.budget))), self.budget
 
+    def labelled(self, prompts: int, samples: int) -> int:
+        """Labels that the samples of a step can get: a pair of samples of a prompt, or a sample."""
+        return prompts * (samples // 2 if self.level == "sequence" else samples)
+
+    def lesson(self, step: int, prompts: int, samples: int) -> int:
+        """Online: those of every N-th step."""
+        return 0 if self.schedule == "frozen" or step % self.every else self.labelled(prompts, samples)
+
 
 def check(config: "Config") -> None:
     """Refuse reward models that learn from samples of which there are none, and a gold that judges no new sample.
@@ -129,7 +137,7 @@ def check(config: "Config") -> None:
                 f"rewards.{name}.labeller with data.type={config.data.type}: it is asked about the policy's samples, "
                 "and training has none; train the model before, with rlkl reward-model"
             )
-        if not _asked(config, source):
+        if not source.labelled(config.rollout.prompts, config.samples):
             raise ValueError(
                 f"rewards.{name}.labeller with rollout.samples_per_prompt=1: it compares samples of a prompt; "
                 "use 2 or more"
@@ -148,7 +156,8 @@ def unspent(config: "Config") -> Iterator[str]:
     """Where a run is too short for an online reward model to ask for its whole budget."""
     for name, source in _taught(config):
         if source.schedule == "online" and source.budget is not None:
-            most = source.taught[0] + _asked(config, source) * (config.train.steps // source.every)
+            each = source.labelled(config.rollout.prompts, config.samples)
+            most = source.taught[0] + each * (config.train.steps // source.every)
             if most < source.budget:
                 yield (
                     f"note: rewards.{name} can ask for {most} of its budget of {source.budget} labels in "
@@ -159,9 +168,3 @@ def unspent(config: "Config") -> Iterator[str]:
 def _taught(config: "Config") -> list[tuple[str, LearnedSource]]:
     sources = config.rewards.items()
     return [(name, s) for name, s in sources if isinstance(s, LearnedSource) and s.labeller is not None]
-
-
-def _asked(config: "Config", source: LearnedSource) -> int:
-    """Labels that the samples of a step can get."""
-    samples = config.rollout.samples_per_prompt
-    return config.rollout.prompts * (samples // 2 if source.level == "sequence" else samples)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from rlkl.config import Config
-from rlkl.config.budget import asked, drawn, labels, taught
+from rlkl.config.budget import asked, drawn, judged, labels, learned, taught
 from rlkl.grid.plan import Plan, Run
 from rlkl.tracking import read_rows
 
@@ -23,8 +23,8 @@ def bounds(config: Config, mode: str = "train") -> dict[str, int]:
     Such a step is under no cap and draws nothing: see :func:`recorded`.
     """
     if mode == "replay":
-        judged = min(labels(config, 1), taught(config)[0] + asked(config, labels=True))
-        return {"steps": 1, "tokens": 0, "queries": asked(config), "labels": judged}
+        asks = taught(config)[0] + judged(config) + learned(config, 1)
+        return {"steps": 1, "tokens": 0, "queries": asked(config), "labels": asks}
     budget = config.train.budget
     steps = min([config.train.steps, *([budget.steps] if budget.steps else []), *_capped(config)])
     most = {"tokens": steps * drawn(config), "queries": steps * asked(config), "labels": labels(config, steps)}
@@ -49,7 +49,7 @@ def _capped(config: Config) -> Iterator[int]:
     uses = {
         "tokens": (0, samples, drawn(config)),
         "queries": (0, samples * len(asking), asked(config)),
-        "labels": (taught(config)[0], samples * sum(s.judged for s in asking), asked(config, labels=True)),
+        "labels": (taught(config)[0], samples * sum(s.judged for s in asking), judged(config)),
     }
     for name, (before, least, most) in uses.items():
         cap = getattr(budget, name)
