@@ -218,6 +218,22 @@ def test_the_command_writes_the_page_and_refuses_what_is_no_run(folder, tmp_path
         assert said in capsys.readouterr().err
 
 
+def test_a_file_that_is_no_page_is_never_replaced(folder, tmp_path, capsys):
+    there = tmp_path / "summary.json"
+    there.write_text('{"name": "page"}')
+    assert main(["report", str(folder), "-o", str(there)]) == 2
+    said = capsys.readouterr().err
+    assert said.strip().endswith(
+        f"summary.json: is there and is no page; name another output, such as {tmp_path / 'report.html'}"
+    )
+    assert said.count("\n") == 1 and there.read_text() == '{"name": "page"}'
+    old = tmp_path / "old.html"
+    for text in ("\n<!DOCTYPE HTML><p>an older page", ""):
+        old.write_text(text)
+        assert main(["report", str(folder), "-o", str(old)]) == 0
+        assert old.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
 def test_a_figure_is_valid_xml_whose_colours_are_the_page_s():
     figure, axis = svg.axes()
     axis.plot([0, 1], [0, 1], **svg.styles({"a": "a"})["a"].line)

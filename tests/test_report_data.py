@@ -83,10 +83,23 @@ def test_a_run_that_is_gone_since_the_summary_counts_in_no_mean(tmp_path, harm):
     assert data.summary["arms"]["high"]["gold"]["n"] == 3
 
 
-def test_a_damaged_summary_is_made_anew(tmp_path):
+@pytest.mark.parametrize("text", ['{"runs": ', "[]", "{}", "3", '{"runs": [], "factors": []}'])
+def test_a_damaged_summary_is_made_anew(tmp_path, text):
     folder = compared(tmp_path, TWO, [0], steady)
-    (folder / "summary.json").write_text('{"runs": ')
+    (folder / "summary.json").write_text(text)
     assert load([folder]).summary["arms"]["high"]["gold"]["mean"] == pytest.approx(0.69)
+
+
+@pytest.mark.parametrize("text", ['{"rlk', "[1]"])
+def test_a_damaged_environment_is_named_and_left_out(tmp_path, text):
+    folder = compared(tmp_path, TWO, [0, 1], steady)
+    (folder / "low,seed=1/env.json").write_text(text)
+    page = said([folder], tmp_path / "page.html")
+    assert f"Damaged, and left out here: {folder / 'low,seed=1/env.json'}." in page
+    assert load([folder]).summary["arms"]["low"]["gold"]["n"] == 2
+    for run in ("low,seed=0", "high,seed=0", "high,seed=1"):
+        (folder / run / "env.json").write_text(text)
+    assert "No run has written its environment" not in said([folder], tmp_path / "page.html")
 
 
 def test_runs_that_never_leave_their_reference_are_drawn(tmp_path):

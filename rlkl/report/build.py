@@ -38,13 +38,25 @@ def report(folders: Sequence[str | Path], output: str | Path, gold: str | None =
     """Write the page of comparisons and runs to ``output``, which is replaced as a whole.
 
     Raises:
-        ValueError: a folder is neither, nothing in it can be reported, or the page cannot be written.
+        ValueError: a folder is neither, nothing in it can be reported, the page cannot be written, or another file is
+            in its place.
     """
     path = Path(output)
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; name a file, such as {path / 'report.html'}")
+    if path.is_file() and not _is_page(path):
+        raise ValueError(
+            f"{path}: is there and is no page; name another output, such as {path.with_name('report.html')}"
+        )
     files.write(path, page(load(folders, gold), [str(folder) for folder in folders], gold), overwrite=True)
     return path
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a file begins as HTML does; an empty one holds nothing that could be lost."""
+    with open(path, "rb") as file:
+        head = file.read(1024).lstrip()
+    return not head or head.lower().startswith((b"<!doctype html", b"<html"))
 
 
 def page(data: Data, folders: Sequence[str], gold: str | None = None) -> str:
@@ -111,6 +123,7 @@ def context(data: Data, folders: Sequence[str], gold: str | None = None) -> dict
         "budgets": cost.caps(data.plan),
         "shared": _shared(data),
         "environments": _environments(data),
+        "damaged": [str(member.folder / "env.json") for member in data.members if member.environment is None],
         "commands": commands(data, folders, gold),
     }
 
@@ -199,7 +212,7 @@ def _environments(data: Data) -> list[tuple[str, dict[str, str]]]:
     """Machines and versions, each with the runs that were made there."""
     found: dict[str, tuple[list[str], dict[str, str]]] = {}
     for member in data.members:
-        known = {key: x for key, x in member.environment.items() if key != "command"}
+        known = {key: x for key, x in (member.environment or {}).items() if key != "command"}
         if known:
             flat = {key: str(x) for key, x in settings.flat(known)}
             found.setdefault(json.dumps(flat), ([], flat))[0].append(member.name)

@@ -52,10 +52,16 @@ class Member:
         return [row for row in rows if row["step"] in ends]
 
     @cached_property
-    def environment(self) -> Row:
-        """What env.json says, or nothing."""
+    def environment(self) -> Row | None:
+        """What env.json says, or nothing; None where it is damaged."""
         path = self.folder / "env.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,8 @@ def _stored(folder: Path, members: Sequence[Member]) -> Row | None:
     try:
         found: Row = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        return None
+    if not isinstance(found, dict) or not isinstance(found.get("runs"), dict):
         return None
     written = [m.folder / "metrics.jsonl" for m in members]
     newer = [file for file in written if file.is_file() and file.stat().st_mtime > path.stat().st_mtime]
