@@ -99,6 +99,23 @@ def test_the_page_is_no_wider_than_its_window_and_tables_scroll_in_their_boxes(e
     assert each.execute_script(outside) == 0
 
 
+def test_captions_of_wide_tables_stay_inside_the_window_wherever_the_table_is_scrolled(each):
+    for details in each.find_elements("css selector", "details"):
+        each.execute_script("arguments[0].open = true", details)
+    cut = """return [...document.querySelectorAll('caption')].flatMap((caption) => {
+      const box = caption.closest('.scroll'), text = document.createRange();
+      text.selectNodeContents(caption);
+      return [0, box.scrollWidth].map((left) => { box.scrollLeft = left;
+        return [...text.getClientRects()].map((r) => [r.left, r.right]); }).flat();
+    })"""
+    seen = each.execute_script(cut)
+    wide = """return [...document.querySelectorAll('caption')].filter(
+      (e) => e.closest('.scroll').scrollWidth > e.closest('.scroll').clientWidth).length"""
+    window = each.execute_script("return document.documentElement.clientWidth")
+    assert each.execute_script(wide) >= (2 if window < 600 else 0)
+    assert len(seen) > 10 and [ends for ends in seen if ends[0] < 0 or ends[1] > window + 0.5] == []
+
+
 def test_hostile_samples_stay_text(page):
     assert page.title == "page – rlkl"
     assert HOSTILE in page.execute_script("return document.querySelector('.prompt h3').textContent")
