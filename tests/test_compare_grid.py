@@ -13,6 +13,7 @@ from test_compare_plan import names, refused_, tree_  # noqa: F401 - fixtures
 
 from rlkl.cli import main
 from rlkl.grid import cost, fair, plan
+from rlkl.grid.cells import coordinates
 
 Refused = Callable[..., str]
 SOURCES = {"sum": {}, "letters": {"rewards.parity.weight": 0}}
@@ -34,11 +35,58 @@ def test_a_bundle_is_an_axis_of_several_keys(tree: Tree):
     assert {run.of for run in made.runs} == {"reinforce", "ppo"}
 
 
-def test_an_axis_comes_after_a_bundle_and_a_bundle_after_the_arm(tree: Tree):
-    tree["arms"] = {"a": {"kl.beta": 0.1, "credit.gamma": 0.1, "train.steps": 1}}
-    bundles = {"b": {"x": {"kl.beta": 0.2, "credit.gamma": 0.2}}}
-    config = plan.make(tree | {"bundles": bundles, "axes": {"kl.beta": [0.3]}}).runs[0].config
-    assert (config.train.steps, config.credit.gamma, config.kl.beta) == (1, 0.2, 0.3)
+LOW, HIGH = {"kl.beta": 0.2}, {"kl": {"beta": 0.3}}
+CLASHES = [
+    ({"arms": {"a": LOW}, "axes": {"kl.beta": [0.2, 0.3]}}, "arms.a sets it, and axes.kl.beta changes it,"),
+    ({"arms": {"a": LOW}, "bundles": {"b": {"x": HIGH}}}, "arms.a sets it, and bundles.b changes it,"),
+    ({"bundles": {"b": {"x": HIGH}}, "axes": {"kl.beta": [0.1]}}, "bundles.b sets it, and axes.kl.beta changes it,"),
+    ({"bundles": {"b": {"x": LOW}, "c": {"y": HIGH}}}, "bundles.b sets it, and bundles.c changes it,"),
+    ({"axes": {"kl": [{"beta": 1}], "kl.beta": [2]}}, "axes.kl sets it, and axes.kl.beta changes it,"),
+    (
+        {"axes": {"kl.beta": [1], "kl": [{"placement": "loss"}]}},
+        "axes.kl.beta sets it, and axes.kl changes it (by kl),",
+    ),
+    (
+        {"arms": {"a": {"trainer.entropy_coef": 0.1}}, "axes": {"trainer.type": ["ppo"]}},
+        "arms.a sets it, and axes.trainer.type changes it (by trainer.type),",
+    ),
+]
+
+
+@pytest.mark.parametrize(("keys", "told"), CLASHES, ids=[told for _, told in CLASHES])
+def test_what_a_name_says_and_another_part_of_it_takes_back_is_refused(refused: Refused, keys: Tree, told: str):
+    said = refused(**{"arms": {"a": {}}, **keys})
+    key = "trainer.entropy_coef" if "trainer" in told else "kl.beta"
+    assert said.startswith("arm a,") and f": {key}: {told}" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_parts_of_a_name_that_agree_or_are_never_combined_do_not_clash(tree: Tree):
+    tree["base"]["trainer"] = {"type": "reinforce", "entropy_coef": 0.5}
+    grid = {
+        "arms": {"a": {"kl": {"placement": "reward"}}},
+        "bundles": {
+            "b": {"x": {}, "y": {"kl.beta": 0.2, "credit.gamma": 0.5}},
+            "c": {"u": {"trainer": {"type": "ppo"}}, "v": {"kl.placement": "reward"}},  # as the arm has it
+        },
+        "axes": {"trainer.entropy_coef": [0.1], "kl.beta": [0.2, 0.3]},
+    }
+    made = plan.make(tree | grid | {"exclude": [{"b": "y", "kl.beta": 0.3}]})
+    configs = [run.config for run in made.runs if "b=x" in run.arm]
+    assert [(c.trainer.type, c.trainer.entropy_coef, c.kl.beta) for c in configs] == [
+        (kind, 0.1, beta) for kind in ("ppo", "reinforce") for beta in (0.2, 0.3)
+    ]
+
+
+def test_no_two_factors_of_a_grid_go_by_one_name(tree: Tree):
+    tree["arms"] = {"a": {}}
+    bundles = {"beta": {"x": {"credit.gamma": 0.5}, "y": {}}}
+    made = plan.make(tree | {"bundles": bundles, "axes": {"kl.beta": [0.1, 0.2]}})
+    assert list(made.arms) == [f"a,beta={x},kl.beta={y}" for x in "xy" for y in (0.1, 0.2)]
+    assert coordinates("a,beta=y,kl.beta=0.2") == {"arm": "a", "beta": "y", "kl.beta": "0.2"}
+    watched = [{"type": "function", "path": "scores:letters", "weight": 0}]
+    (arm,) = plan.make(tree | {"axes": {"rewards.seed": watched, "rewards.arm": watched}}).arms
+    assert list(coordinates(arm)) == ["arm", "rewards.seed", "rewards.arm"]
 
 
 @shows("include", "exclude")
@@ -50,7 +98,7 @@ def test_partial_combinations_include_and_exclude(tree: Tree):
         "reinforce,source=letters,beta=0.1",
         *(f"ppo,source={source},beta={beta}" for source in SOURCES for beta in (0.1, 0.2)),
     ]
-    exclude = [{"arm": "reinforce", "kl": {"beta": 0.1}}, {"source": ["sum", "none"], "kl.beta": 0.2}]
+    exclude = [{"arm": "reinforce", "kl": {"beta": 0.1}}, {"source": ["sum"], "kl.beta": 0.2}]
     less = plan.make(grid | {"exclude": exclude})
     assert list(less.arms) == [
         "reinforce,source=letters,beta=0.2",
@@ -176,9 +224,12 @@ def test_lambda_counts_only_where_gae_reads_it(tree: Tree):
         ({"seeds": None}, "seeds=None: "),
         ({"seeds": []}, "seeds=[]: "),
         ({"axes": {"kl.betta": [1]}}, "ppo,betta=1: kl.betta: unknown key, did you mean kl.beta?"),
+        ({"axes": {"kl.betta": [1, 2, 3]}}, "reinforce,betta=3, ppo,betta=1, 2 more: kl.betta: unknown"),
         ({"include": [{"arms": "ppo"}]}, "include[0]: arms is neither arm, axis nor bundle, did you mean arm?"),
         ({"exclude": [{"arm": "pppo"}]}, "exclude[0]: arm=pppo is none of its values (reinforce, ppo)"),
         ({"exclude": [{"kl.beta": 1}]}, "exclude[0]: kl.beta is neither arm, axis nor bundle, known: arm"),
+        ({"exclude": [{"arm": ["ppo", "pppo"]}]}, "exclude[0]: arm=pppo is none of its values (reinforce, ppo)"),
+        ({"include": [{"arm": []}]}, "include[0]: arm=[] is none of its values (reinforce, ppo)"),
         ({"exclude": [{"arm": ["ppo", "reinforce"]}]}, "exclude: none of 2 combinations is left; drop an entry"),
         ({"exclude": [{}]}, "exclude[0]: it is empty; name some of arm"),
         ({"bundles": {"x": {}}}, "bundles.x={}: "),
@@ -190,6 +241,7 @@ def test_lambda_counts_only_where_gae_reads_it(tree: Tree):
         ({"budgets": {"tokens": 3}}, "train.budget.tokens=3: a single step may take 24; raise it"),
         ({"budgets": {"steps": 3}, "axes": {"train.budget.steps": [1]}}, "the comparison sets it; use budgets:"),
         ({"tuning": {"pppo": 3}}, "tuning.pppo: no such arm; the arms are reinforce, ppo"),
+        ({"tuning": {"ppo": True}}, "tuning.ppo=True: input should be a valid integer"),
         ({"compared": ["kl.placment"]}, "compared: kl.placment: no such key, did you mean kl.placement?"),
         ({"arms": {"a": {"base": "nowhere.yaml"}}}, "nowhere.yaml: no such configuration file"),
     ],

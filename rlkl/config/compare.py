@@ -48,7 +48,7 @@ class CompareConfig(Section):
     budgets: BudgetConfig = Field(
         BudgetConfig(), description="caps for every run: its train.budget; the first that is reached ends it"
     )
-    tuning: dict[str, Annotated[int, Field(ge=0)]] = Field(
+    tuning: dict[str, Annotated[int, Field(ge=0, strict=True)]] = Field(
         {}, description="arm -> runs that were spent on choosing its settings, shown beside it; missing = not said"
     )
     compared: list[str] = Field(

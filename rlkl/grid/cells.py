@@ -14,19 +14,22 @@ from rlkl import settings
 from rlkl.config.compare import CompareConfig
 
 Changes = list[tuple[str, Any]]
+TAKEN = ("arm", "seed")
+"""What the names of runs say beside bundles and axes."""
 
 
 @dataclass(frozen=True)
 class Cell:
     """A row of the table: ``arm`` with a value on every axis, its name, and what that changes, in order of precedence.
 
-    ``place`` is its combination as ``include`` and ``exclude`` write it.
+    ``place`` is its combination as ``include`` and ``exclude`` write it. A change is who makes it (the arm, a bundle or
+    an axis, as the comparison has it), its key and its value.
     """
 
     arm: str
     name: str
     place: dict[str, Any]
-    changes: Changes
+    changes: list[tuple[str, str, Any]]
 
 
 def cells(config: CompareConfig) -> list[Cell]:
@@ -56,15 +59,25 @@ def coordinates(name: str) -> dict[str, str]:
     return {"arm": arm} | dict(part.split("=", 1) for part in rest if "=" in part)
 
 
-def _product(config: CompareConfig) -> Iterator[Cell]:
+def _shown(config: CompareConfig) -> list[str]:
+    """The axes as names of runs have them: the last part of the key, where nothing else goes by it."""
     leaves = [key.rpartition(".")[2] for key in config.axes]
-    short = [leaf if leaves.count(leaf) == 1 else key for leaf, key in zip(leaves, config.axes, strict=True)]
+    known = [*TAKEN, *config.bundles, *leaves]
+    return [leaf if known.count(leaf) == 1 else key for leaf, key in zip(leaves, config.axes, strict=True)]
+
+
+def _product(config: CompareConfig) -> Iterator[Cell]:
+    short = _shown(config)
     seen: dict[str, Any] = {}
     for arm, changes in config.arms.items():
-        own = _typed({key: value for key, value in changes.items() if key != "base"})
+        own = _by(f"arms.{arm}", _typed({key: value for key, value in changes.items() if key != "base"}))
         for chosen in itertools.product(*config.bundles.values()):
             named = dict(zip(config.bundles, chosen, strict=True))
-            bundled = [change for name, x in named.items() for change in _typed(config.bundles[name][x])]
+            bundled = [
+                change
+                for name, x in named.items()
+                for change in _by(f"bundles.{name}", _typed(config.bundles[name][x]))
+            ]
             labels = [f",{name}={x}" for name, x in named.items()]
             for values in itertools.product(*config.axes.values()):
                 shown = [f",{key}={_label(x)}" for key, x in zip(short, values, strict=True)]
@@ -73,9 +86,13 @@ def _product(config: CompareConfig) -> Iterator[Cell]:
                     both = f"{settings.show(seen[name])} and {settings.show(values)}"
                     raise ValueError(f"axes: {name} comes twice, from {both}; drop one")
                 seen[name] = values
-                axes = list(zip(config.axes, values, strict=True))
-                place = {"arm": arm, **named, **dict(axes)}
-                yield Cell(arm, name, place, [*own, *bundled, *axes])
+                axes = dict(zip(config.axes, values, strict=True))
+                swept = [(f"axes.{key}", key, value) for key, value in axes.items()]
+                yield Cell(arm, name, {"arm": arm, **named, **axes}, [*own, *bundled, *swept])
+
+
+def _by(who: str, changes: Changes) -> list[tuple[str, str, Any]]:
+    return [(who, key, value) for key, value in changes]
 
 
 def _typed(changes: Mapping[str, Any]) -> Changes:
@@ -101,10 +118,12 @@ def _check_partial(where: str, partial: Mapping[str, Any], every: Sequence[Cell]
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
             raise ValueError(f"{where}: {key} is neither arm, axis nor bundle, {hint}")
-        values = list({settings.show(cell.place[key]): cell.place[key] for cell in every}.items())
-        if not any(_is(value, wanted) for _, value in values):
-            there = ", ".join(text for text, _ in values)
-            raise ValueError(f"{where}: {key}={settings.show(wanted)} is none of its values ({there})")
+        values = {settings.show(cell.place[key]): cell.place[key] for cell in every}
+        every_value = list(values.values())
+        several = isinstance(wanted, list) and wanted and wanted not in every_value
+        for one in wanted if several else [wanted]:
+            if one not in every_value:
+                raise ValueError(f"{where}: {key}={settings.show(one)} is none of its values ({', '.join(values)})")
 
 
 def _label(value: Any) -> str:

@@ -71,8 +71,7 @@ def make(source: str | Path | Mapping[str, Any] | CompareConfig, overrides: Sequ
             for text in str(error).splitlines():
                 mistakes.setdefault(text, []).append(cell.name)
     if mistakes:
-        where = {text: f"arm{'s' if len(names) > 1 else ''} {', '.join(names)}" for text, names in mistakes.items()}
-        raise ValueError("\n".join(f"{where[text]}: {text}" for text in mistakes))
+        raise ValueError("\n".join(f"{_listed(names)}: {text}" for text, names in mistakes.items()))
     _check_twins(arms)
     _check_columns(config.columns)
     # Seed by seed: all arms show early what becomes of them.
@@ -150,19 +149,52 @@ def _read_bases(tree: DictConfig, beside: Path) -> None:
             section["base"] = read
 
 
+def _listed(arms: Sequence[str]) -> str:
+    more = [f"{len(arms) - 4} more"] if len(arms) > 5 else []
+    return f"arm{'s' if len(arms) > 1 else ''} {', '.join([*arms[: 4 if more else None], *more])}"
+
+
 def _run(config: CompareConfig, cell: Cell, seed: int) -> Run:
     tree = OmegaConf.create(config.arms[cell.arm].get("base", config.base))
     caps = {f"train.budget.{name}": cap for name, cap in config.budgets.model_dump(exclude_none=True).items()}
     decided = SET_HERE | dict.fromkeys(caps, "budgets")
-    for key, value in cell.changes:
+    for _, key, _ in cell.changes:
         if key in decided:
             raise ValueError(f"{key}: the comparison sets it; use {decided[key]}: of the comparison")
-        settings.put(tree, key, value)
+    _apply(tree, cell)
     folder = str(Path(config.folder) / config.name)
     own = {"name": f"{cell.name},seed={seed}", "folder": folder, "seed": seed, "log.group": config.name}
     for key, value in (own | caps).items():
         settings.put(tree, key, value)
     return Run(cell.name, settings.load(OmegaConf.to_container(tree)), cell.arm)  # type: ignore[arg-type]
+
+
+def _apply(tree: DictConfig, cell: Cell) -> None:
+    """Make the changes of a combination, each of which has to hold at the end: its name says so.
+
+    Raises:
+        ValueError: arm, bundle or axis changes what another of them has set, itself, by its section or by a type.
+    """
+    held: dict[str, str] = {}
+    before, nothing = _leaves(tree), object()
+    for who, key, value in cell.changes:
+        settings.put(tree, key, value)
+        after = _leaves(tree)
+        for leaf, first in held.items():
+            if first != who and before.get(leaf, nothing) != after.get(leaf, nothing):
+                by = f" (by {key})" if key != leaf else ""
+                raise ValueError(
+                    f"{leaf}: {first} sets it, and {who} changes it{by}, so the name of the run would be untrue; "
+                    "drop one, or exclude the combination"
+                )
+        held |= {leaf: who for leaf, x in settings.flat({key: value}) if x != {}}
+        before = after
+
+
+def _leaves(tree: DictConfig) -> dict[str, Any]:
+    """Every dotted key with its value, interpolations as they are written."""
+    plain: Any = OmegaConf.to_container(tree, resolve=False)
+    return dict(settings.flat(plain))
 
 
 def _check_twins(arms: Mapping[str, Sequence[Run]]) -> None:
