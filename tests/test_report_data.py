@@ -129,6 +129,22 @@ def test_several_comparisons_keep_what_they_say_is_compared(tmp_path):
     assert "one/on not said" in page and "two/low 2" in page
 
 
+def test_a_run_that_is_named_twice_counts_once_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = compared(tmp_path, TWO, [0, 1], steady)
+    run = "page/low,seed=1"
+    Path("link").symlink_to(folder / "low,seed=1")
+    for folders, ways in (
+        (["page", run], f"{run}: named twice, in the comparison page and as a run"),
+        (["link", str(folder)], f"{folder}/low,seed=1: named twice, as a run and in the comparison {folder}"),
+        (["page/", "page"], "page/low,seed=0: named twice, in the comparison page"),
+        ([run, "link"], "link: named twice, as a run"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(ways)}; name it once$"):
+            load(folders)
+    assert len(load([run, "page/high,seed=1"]).members) == 2
+
+
 def test_a_single_run_beside_a_comparison_takes_nothing_from_it(tmp_path):
     made = compared(tmp_path, WHITE, [0], steady, name="one", compared=["credit"], match_kl=2.0)
     config = {**BASE, "name": "alone", "optimiser": {"learning_rate": 3e-3}}

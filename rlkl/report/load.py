@@ -107,7 +107,8 @@ def load(folders: Sequence[str | Path], gold: str | None = None) -> Data:
     """Read comparisons and runs; several folders become one comparison, whose arms carry the names of theirs.
 
     Raises:
-        ValueError: a folder is neither, holds no finished run, or the runs have no reward in common.
+        ValueError: a folder is neither, or holds no finished run, a run is named twice, or the runs have no reward in
+            common.
     """
     if not folders:
         raise ValueError("rlkl report: no folder; give those of comparisons or of runs")
@@ -134,6 +135,7 @@ def load(folders: Sequence[str | Path], gold: str | None = None) -> Data:
             raise ValueError(
                 f"{folder}: neither a run (config.yaml) nor a comparison (compare.yaml); name their folders"
             )
+    _check_twice(members)
     members = _distinct(members)
     chosen = gold or (plans[0].gold if plans else next(iter(members[0].config.rewards), ""))
     whole = _whole(plans, members, chosen)
@@ -161,6 +163,16 @@ def _stored(folder: Path, members: Sequence[Member]) -> Row | None:
     newer = [file for file in written if file.is_file() and file.stat().st_mtime > path.stat().st_mtime]
     same = set(found["runs"]) == {m.name for m in members} and "factors" in found
     return found if same and not newer and all(found["runs"][m.name]["error"] for m in members if m.error) else None
+
+
+def _check_twice(members: Sequence[Member]) -> None:
+    """Refuse a folder that would count double: as a run, and in its comparison."""
+    seen: dict[Path, Member] = {}
+    for member in members:
+        first = seen.setdefault(member.folder.resolve(), member)
+        if first is not member:
+            ways = ["as a run" if m.single else f"in the comparison {m.folder.parent}" for m in (first, member)]
+            raise ValueError(f"{member.folder}: named twice, {' and '.join(dict.fromkeys(ways))}; name it once")
 
 
 def _distinct(members: Sequence[Member]) -> list[Member]:
