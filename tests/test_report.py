@@ -212,7 +212,7 @@ def test_the_command_writes_the_page_and_refuses_what_is_no_run(folder, tmp_path
         ([str(folder), "--gold", "golt"], "--gold golt: no run has a reward of that name; there are gold\n"),
         ([str(folder), "-o", str(tmp_path)], "is a folder; name a file"),
         ([str(folder), "-o", str(tmp_path / "no" / "page.html")], "there is no folder"),
-        ([str(folder), str(folder)], "the same run as another folder"),
+        ([str(folder), str(folder)], "named twice, in the comparison"),
     ):
         assert main(["report", *wrong]) == 2
         assert said in capsys.readouterr().err

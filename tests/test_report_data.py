@@ -142,6 +142,9 @@ def test_a_run_that_is_named_twice_counts_once_or_not_at_all(tmp_path, monkeypat
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(ways)}; name it once$"):
             load(folders)
+    shutil.copytree(run, "copy")
+    with pytest.raises(ValueError, match=r"^copy: the same run as another folder \(arm low, seed 1\); name it once$"):
+        load([run, "copy"])
     assert len(load([run, "page/high,seed=1"]).members) == 2
 
 
