@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from reports import PROXY, TWO, alike, compared, rewrite, steady
 
+from rlkl.grid import tables
 from rlkl.report.answers import answers
 from rlkl.report.build import report
 from rlkl.report.load import load
@@ -392,10 +393,31 @@ def test_a_comparison_of_two_arms_reads_both_ways():
         (1e-5, "1.0e−05"),
         (-0.25, "−0.250"),
         (-0.0, "0"),
+        (999.96, "1,000"),
+        (99.996, "100.0"),
+        (0.9996, "1.00"),
     ],
 )
 def test_numbers_read_well(x, said):
     assert number(x) == said
+
+
+def test_what_rounds_to_nothing_beside_its_neighbours_is_nothing_and_else_keeps_its_digits():
+    assert [number(1.6e-8, beside) for beside in ((), (2e-8,), (-0.007, 0.007))] == ["1.6e−08", "1.6e−08", "0.000"]
+    noise = {"n": 3, "mean": 1.6e-8, "interval": {"low": -0.007, "high": 0.007}}
+    assert cell(noise) == "0.000 [−0.007, 0.007]"
+    below = {"n": 1, "mean": -1e-9, "min": -1e-9, "max": -1e-9}
+    assert [cell(below, name) for name in ("gold", "kl")] == ["−1.0e−09", "0"]
+    assert nats(1e-9) == "0.000 nats"
+
+
+def test_page_and_terminal_cut_intervals_alike_at_what_a_quantity_can_be():
+    wide = {"n": 3, "mean": 7.285, "min": 1, "max": 12, "interval": {"low": -5.115, "high": 19.685}}
+    assert (cell(wide, "kl"), tables.estimate(wide, "kl_end")) == ("7.29 [0, 19.68]", "7.285 (0.000 to 19.685)")
+    assert (cell(wide), tables.estimate(wide)) == ("7.29 [−5.12, 19.68]", "7.285 (-5.115 to 19.685)")
+    even = {"n": 3, "mean": 0.9, "min": 0.8, "max": 1.0, "interval": {"low": 0.7, "high": 1.1}}
+    assert tables.estimate(even, "policy/eval/self_bleu") == "0.900 (0.700 to 1.000)"
+    assert tables.estimate({"n": 1, "mean": -1e-9, "min": -1e-9, "max": -1e-9, "interval": None}, "kl") == "0.000"
 
 
 def test_many_names_are_counted():

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from conftest import write_jsonl
 from reports import BASE, PROXY, TWO, compared, rewrite, steady, write
 
 from rlkl.grid import compare, plan
-from rlkl.report import build, facets
+from rlkl.report import build, facets, figures, svg
 from rlkl.report.figures import kept, peak
 from rlkl.report.load import load
 from rlkl.tracking import read_rows
@@ -245,6 +246,30 @@ def test_many_arms_are_drawn_in_panels_of_one_factor_with_bands(tmp_path):
         for arm in TWO
         for beta in (0.05, 0.2)
     ] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_bands_are_cut_at_what_a_quantity_can_be(tmp_path, monkeypatch):
+    folder = compared(tmp_path, TWO, [0, 1, 2], steady)
+    for seed, factor in ((0, 0.1), (1, 0.1), (2, 3.0)):
+        for arm in TWO:
+            rewrite(
+                folder / f"{arm},seed={seed}",
+                lambda row, factor=factor: (
+                    row | {"kl/sequence": factor * row["kl/sequence"], "policy/eval/self_bleu": 0.33 * factor}
+                ),
+            )
+    seen: list[Any] = []
+    monkeypatch.setattr(svg, "embed", lambda figure, name: seen.append(figure.axes[0]) or "")
+    data = load([folder])
+    styles = svg.styles({arm: arm for arm in data.arms})
+    bands = {}
+    for key in ("kl", "policy/eval/self_bleu", "gold"):
+        figures.curve(data, styles, "one", ("step", "step"), key, key, key)
+        ends = [part.get_paths()[0].vertices[:, 1] for part in seen[-1].collections]
+        bands[key] = [(float(y.min()), float(y.max())) for y in ends]
+    assert [low for low, _ in bands["kl"]] == [0.0, 0.0] and all(high > 10 for _, high in bands["kl"])
+    assert bands["policy/eval/self_bleu"] == [(0.0, 1.0), (0.0, 1.0)]
+    assert [len(each) for each in bands.values()] == [2, 2, 2]
 
 
 def test_panels_are_made_only_where_they_help():

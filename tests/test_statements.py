@@ -272,6 +272,7 @@ def test_a_range_below_0_is_no_row_of_dashes():
     few = {"mean": -0.2, "min": -0.3, "max": -0.1, "interval": None}
     assert tables.estimate(few) == "-0.200 (-0.300 to -0.100)"
     assert tables.estimate(few | {"mean": 0.2, "min": 0.1, "max": 0.3}) == "0.200 (0.100–0.300)"
+    assert tables.estimate(few | {"mean": -1e-9, "min": -1e-9, "max": 0.1}) == "0.000 (0.000 to 0.100)"
 
 
 def test_the_csv_has_a_row_a_cell(made):

@@ -2,16 +2,34 @@
 
 import csv
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
-from rlkl.grid.plan import Plan
-from rlkl.grid.results import Result
+from rlkl.grid.plan import Plan, metric
+from rlkl.grid.results import COLLAPSE, COUNTS, Result
 
 Tree = Mapping[str, Any]
 COLUMNS = ("n", "mean", "low", "high", "iqm", "iqm_low", "iqm_high", "min", "max", "coverage_normal", "coverage_least")
+BOUNDS = {
+    **dict.fromkeys(("kl", "kl_end", "kl/sequence", *COUNTS, *COUNTS.values(), "seconds"), (0.0, math.inf)),
+    **{name: (0.0, 1.0 if "distinct" in name or "bleu" in name else math.inf) for name in COLLAPSE},
+}
+"""What a quantity can be: nats, counts and lengths are not below 0, shares lie between 0 and 1."""
+
+
+def cut(name: str, x: float) -> float:
+    """A value, or an end of an interval, of a quantity at the nearest that it can be."""
+    low, high = BOUNDS.get(metric(name), (-math.inf, math.inf))
+    return min(max(x, low), high)
+
+
+def spread(name: str, cell: Tree) -> tuple[float, float]:
+    """The interval of a cell, or the range of fewer than 3 runs, as far as the quantity can be."""
+    inside = cell.get("interval") or {"low": cell["min"], "high": cell["max"]}
+    return cut(name, inside["low"]), cut(name, inside["high"])
 
 
 def terminal(plan: Plan, summary: Tree, timing: Tree) -> Table:
@@ -56,7 +74,8 @@ def markdown(summary: Tree) -> str:
             f"{row['counted']}/{row['runs']}",
             estimate(row.get("gold")),
             _iqm(row.get("gold")),
-            *map(estimate, (row.get("gold_before"), row.get("kl_end"))),
+            estimate(row.get("gold_before")),
+            estimate(row.get("kl_end"), "kl_end"),
         ]
         for arm, row in arms.items()
     ]
@@ -65,7 +84,8 @@ def markdown(summary: Tree) -> str:
         found = summary["matched"][key]
         if found:
             heads = [f"{place['at']:,g} {unit}" for place in found]
-            rows = [[arm, *(estimate(place["arms"][arm], count=True) for place in found)] for arm in arms]
+            name = "kl" if key == "gold" else "gold"
+            rows = [[arm, *(estimate(place["arms"][arm], name, count=True) for place in found)] for arm in arms]
             parts += [f"## {of} at matched {'KL' if key == 'kl' else unit}", _table(["arm", *heads], rows)]
     if area:
         rows = [[arm, estimate(row["area"]), estimate(row["area_share"])] for arm, row in arms.items()]
@@ -94,16 +114,16 @@ def comma_separated(summary: Tree) -> str:
     return out.getvalue()
 
 
-def estimate(cell: Tree | None, count: bool = False) -> str:
+def estimate(cell: Tree | None, name: str = "gold", count: bool = False) -> str:
     """A mean with its interval, or with the range of fewer than 3 runs; ``count``: with their number."""
     if cell is None:
         return "–"
-    text = _cell("", cell)
+    text = _cell(name, cell)
     return f"{text}, n={cell['n']}" if count else text
 
 
 def _iqm(cell: Tree | None) -> str:
-    return "–" if cell is None else f"{cell['iqm']:.3f}" + _bounds(cell["iqm_interval"] and _ends(cell["iqm_interval"]))
+    return "–" if cell is None else _three(cell["iqm"]) + _bounds(cell["iqm_interval"] and _ends(cell["iqm_interval"]))
 
 
 def _ends(interval: Tree) -> tuple[float, float]:
@@ -141,7 +161,7 @@ def _pairs(pairs: Sequence[Tree]) -> str:
             [
                 *_difference(pair),
                 f"{pair['improvement']:.2f}{_bounds(pair['improvement_interval'])}",
-                "–" if prompts is None else f"{prompts['difference']:+.3f}{_bounds(prompts['interval'], '+')}",
+                "–" if prompts is None else f"{_three(prompts['difference'], '+')}{_bounds(prompts['interval'], '+')}",
             ]
         )
     return _table(heads, rows)
@@ -154,11 +174,17 @@ def _effects(pairs: Sequence[Tree]) -> str:
 
 def _difference(pair: Tree) -> tuple[str, str, str]:
     p = "–" if pair["p_holm"] is None else f"{pair['p_holm']:.3g}"
-    return f"{pair['b']} − {pair['a']}", f"{pair['difference']:+.3f}{_bounds(pair['interval'], '+')}", p
+    return f"{pair['b']} − {pair['a']}", f"{_three(pair['difference'], '+')}{_bounds(pair['interval'], '+')}", p
 
 
 def _bounds(interval: Sequence[float] | None, sign: str = "") -> str:
-    return "" if interval is None else f" ({interval[0]:{sign}.3f} to {interval[1]:{sign}.3f})"
+    return "" if interval is None else f" ({_three(interval[0], sign)} to {_three(interval[1], sign)})"
+
+
+def _three(x: float, sign: str = "") -> str:
+    """A number to three places; one that rounds to nothing has no sign."""
+    text = f"{x:{sign}.3f}"
+    return text if float(text) else "0.000"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -192,12 +218,10 @@ def _spread_said(summary: Tree) -> str:
 def _cell(name: str, cell: Tree | None) -> str:
     if cell is None:
         return "–"
-    mean, low, high = (cell[k] for k in ("mean", "min", "max"))
+    mean, (low, high) = cut(name, cell["mean"]), spread(name, cell)
     if name in ("tokens", "labels", "queries", "seconds"):
         return f"{mean:,.0f}"
     if name == "gold_before":
-        return f"{mean:.3f}"
-    if cell["interval"]:
-        low, high = cell["interval"]["low"], cell["interval"]["high"]
+        return _three(mean)
     to = " to " if cell["interval"] or low < 0 else "–"
-    return f"{mean:.3f}" + (f" ({low:.3f}{to}{high:.3f})" if low < high else "")
+    return _three(mean) + (f" ({_three(low)}{to}{_three(high)})" if low < high else "")

@@ -128,13 +128,15 @@ def context(data: Data, folders: Sequence[str], gold: str | None = None) -> dict
     }
 
 
-def _mean(found: Mapping[str, float] | None) -> str:
-    return number(found["mean"]) if found else "–"
+def _mean(found: Mapping[str, float] | None, beside: Mapping[str, float] | None = None) -> str:
+    return number(found["mean"], (beside["mean"],) if beside else ()) if found else "–"
 
 
 def _iqm(found: Mapping[str, Any]) -> str:
     inside = found["iqm_interval"]
-    return number(found["iqm"]) + (f" [{number(inside['low'])}, {number(inside['high'])}]" if inside else "")
+    ends = (inside["low"], inside["high"]) if inside else ()
+    middle, *rest = (number(x, (found["iqm"], *ends)) for x in (found["iqm"], *ends))
+    return f"{middle} [{', '.join(rest)}]" if rest else middle
 
 
 def _breakable(name: str) -> Markup:

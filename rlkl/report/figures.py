@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from rlkl.grid import tables
 from rlkl.plots import square_ticks
 from rlkl.report import facets, svg
 from rlkl.report.load import Data
@@ -62,9 +63,9 @@ def frontier(data: Data, styles: Mapping[str, Style], what: str, label: str) -> 
             reach = max(0.0, min(max(kls) for kls, _ in lines))
             grid = (np.linspace(0, math.sqrt(reach), GRID) ** 2).clip(max=reach)
             curves = [[at_kl(kls, values, x) if x else values[0] for x in grid] for kls, values in lines]
-            _mean(axis, grid, curves, styles[arm], len(mine) <= facets.MOST, _most(runs))
+            _mean(axis, grid, curves, styles[arm], len(mine) <= facets.MOST, _most(runs), what)
             end = rough(float(np.mean([kls[-1] for kls, _ in lines])))
-            said.append(f"{_counted(data, arm)} {number(_ends(lines, 0))} to {number(_ends(lines, -1))} at {end}")
+            said.append(f"{_counted(data, arm)} {_from_to(lines)} at {end}")
         match = data.summary.get("match_kl")
         if match and match <= most:
             axis.axvline(match, color=SOFT, linestyle="--", linewidth=1)
@@ -94,8 +95,8 @@ def curve(
             _thin(axis, lines, styles[arm], _most(runs))
             if len({len(xs) for xs, _ in lines}) == 1:
                 middle = np.mean([xs for xs, _ in lines], axis=0)
-                _mean(axis, middle, [ys for _, ys in lines], styles[arm], len(mine) <= facets.MOST, _most(runs))
-            said.append(f"{_counted(data, arm)} {number(_ends(lines, 0))} to {number(_ends(lines, -1))}")
+                _mean(axis, middle, [ys for _, ys in lines], styles[arm], len(mine) <= facets.MOST, _most(runs), key)
+            said.append(f"{_counted(data, arm)} {_from_to(lines)}")
         axis.set(xlabel=x[1], ylabel=label)
         axis.set_xlim(0, most * 1.05)
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -263,8 +264,13 @@ def _most(runs: Mapping[str, Sequence[Line]]) -> int:
     return min(MOST_POINTS, max(LEAST_POINTS, OF_A_FIGURE // sum(map(len, runs.values()))))
 
 
-def _mean(axis: Any, xs: Any, curves: Sequence[Sequence[float | None]], style: Style, bands: bool, most: int) -> None:
-    """The mean over runs, with its 95 % interval where there are at least three and ``bands`` are wanted."""
+def _mean(
+    axis: Any, xs: Any, curves: Sequence[Sequence[float | None]], style: Style, bands: bool, most: int, name: str
+) -> None:
+    """The mean over runs, with its 95 % interval where there are at least three and ``bands`` are wanted.
+
+    The interval is cut at what the quantity called ``name`` can be.
+    """
     columns = [[y for y in column if y is not None] for column in zip(*curves, strict=True)]
     means = [float(np.mean(column)) for column in columns]
     places = _kept(means, most)
@@ -273,9 +279,15 @@ def _mean(axis: Any, xs: Any, curves: Sequence[Sequence[float | None]], style: S
         axis.plot(xs, [means[k] for k in places], linewidth=2.2, **style.line)
     found = [intervals.interval(columns[k]) for k in places] if bands else []
     if found and all(found):
-        low, high = zip(*((one.low, one.high) for one in found if one), strict=True)
+        low, high = ([tables.cut(name, one[k]) for one in found if one] for k in (0, 1))
         fill = {key: value for key, value in style.line.items() if key != "linestyle"}
         axis.fill_between(xs, low, high, alpha=0.14, linewidth=0, **fill)
+
+
+def _from_to(lines: Sequence[Line]) -> str:
+    """The first and the last mean over runs, in words."""
+    ends = _ends(lines, 0), _ends(lines, -1)
+    return " to ".join(number(x, ends) for x in ends)
 
 
 def _ends(lines: Sequence[Line], place: int) -> float:

@@ -103,7 +103,9 @@ def _head(data: Data, shown: Sequence[str], rest: Sequence[str], tests: Mapping[
     """In how many arms it is shown, and in how many it is so in mean."""
     if not shown and not rest:
         return f"In no arm: none ends, in mean, with less {data.gold} than at its best evaluation and more proxy."
-    by = listed([f"{arm} (by {number(tests[arm]['difference'])})" for arm in shown or rest])
+    by = listed(
+        [f"{arm} (by {number(tests[arm]['difference'], tests[arm]['interval'] or ())})" for arm in shown or rest]
+    )
     if not shown:
         return f"In mean in {len(rest)} of {many(len(tests), 'arm')}, which is not shown about other seeds: {by}."
     return (

@@ -70,19 +70,19 @@ def _case(a: str, b: str, betas: tuple[float, float]) -> str:
 def _at_the_end(data: Data, a: str, b: str, less: Tree) -> str:
     """KL and gold at the end, and whether the KL is shown to differ."""
     kls, golds = ({arm: data.measured(arm, name) for arm in (a, b)} for name in ("kl", "gold"))
-    kl = {arm: f"{_cell(kls[arm], least=0.0)}{share(data, arm, len(kls[arm]))}" for arm in (a, b)}
+    kl = {arm: f"{_cell(kls[arm], 'kl')}{share(data, arm, len(kls[arm]))}" for arm in (a, b)}
     way = ("less" if less["difference"] < 0 else "more") if less["difference"] else "equal"
     if told(less):
         verdict = f"{way}, shown"
     else:
         why = "no difference can be told" if less["interval"] else untested(less)
         verdict = f"{way}{' in mean' if less['difference'] else ''}, {why}"
-    gold = f"{data.gold} there from {_cell(golds[a])} to {_cell(golds[b])}"
+    gold = f"{data.gold} there from {_cell(golds[a], 'gold')} to {_cell(golds[b], 'gold')}"
     return f"KL at the end goes from {kl[a]} to {kl[b]} nats ({verdict}), {gold}"
 
 
-def _cell(values: Mapping[int, float], **bounds: float) -> str:
-    return cell(statements.cell(list(values.values())), **bounds)
+def _cell(values: Mapping[int, float], name: str) -> str:
+    return cell(statements.cell(list(values.values())), name)
 
 
 def _less(spent: Sequence[Tree]) -> str:

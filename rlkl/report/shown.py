@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import escape
 
+from rlkl.grid import tables
 from rlkl.report.load import Data, Member
 from rlkl.report.words import number
 
@@ -127,7 +128,7 @@ def _ends(member: Member) -> tuple[dict[str, Row], dict[str, Row]]:
 
 
 def _cell(who: str, row: Row, index: int, most: int | None = None) -> Cell:
-    totals = [("KL", f"{number(row['kl'])} nats")]
+    totals = [("KL", f"{number(tables.cut('kl', row['kl']), (1.0,))} nats")]
     totals += [(key.removeprefix("reward/"), number(x)) for key, x in row.items() if key.startswith("reward/")]
     pieces = (row.get("tokens") or {}).get("text") or [row["completion"]]
     return Cell(who, pieces[:most], row["end"], totals, index, len(pieces) - len(pieces[:most]))

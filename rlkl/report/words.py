@@ -1,10 +1,11 @@
 """Numbers, estimates and comparisons of arms as they are read, and what became of runs without a result."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlkl.grid import tables
 from rlkl.report.load import Data
 from rlkl.statistics.intervals import FEWEST
 
@@ -21,18 +22,32 @@ class Answer:
     points: tuple[str, ...] = ()
 
 
-def number(x: float | None) -> str:
-    """A number for reading, to three digits; whole ones as they are."""
+LEAST = 5e-4
+"""What rounds to nothing at three places."""
+
+
+def number(x: float | None, beside: Iterable[float] = ()) -> str:
+    """A number for reading, to three digits; whole ones as they are.
+
+    A small one keeps its digits (p-values, rates), unless it is read ``beside`` numbers next to which it is nothing.
+    """
     if x is None or not math.isfinite(x):
         return "–"
     size = abs(x)
-    if size and (size < 5e-4 or size >= 1e7):
+    if 0 < size < LEAST and any(abs(other) >= LEAST for other in beside):
+        return "0.000"
+    rounded = round(size, _places(size))
+    if size and (size < LEAST or size >= 1e7):
         text = f"{x:.1e}"
-    elif float(x).is_integer() or size >= 1000:
+    elif float(x).is_integer() or rounded >= 1000:
         text = f"{x + 0.0:,.0f}"  # of -0 that is 0
     else:
-        text = f"{x:.{1 if size >= 100 else 2 if size >= 1 else 3}f}"
+        text = f"{x:.{_places(rounded)}f}"
     return text.replace("-", "−")
+
+
+def _places(size: float) -> int:
+    return 1 if size >= 100 else 2 if size >= 1 else 3
 
 
 def signed(x: float) -> str:
@@ -41,19 +56,19 @@ def signed(x: float) -> str:
     return "0.000" if text in ("+0.000", "−0.000") else text
 
 
-def cell(found: Tree | None, least: float = -math.inf) -> str:
+def cell(found: Tree | None, name: str = "gold") -> str:
     """A cell of the statistics: mean with its interval, or with the range of fewer than 3 runs.
 
-    The interval is cut at ``least``, below which the quantity cannot lie.
+    Cut at what the quantity called ``name`` can be; nats and shares are nothing below half a thousandth.
     """
     if not found:
         return "–"
-    mean, inside = number(found["mean"]), found.get("interval")
-    if inside:
-        return f"{mean} [{number(max(least, inside['low']))}, {number(inside['high'])}]"
-    if found["n"] == 1:
-        return mean
-    return f"{mean} ({number(found['min'])}{'–' if found['min'] >= 0 else ' to '}{number(found['max'])})"
+    least, most = tables.spread(name, found)
+    each = (tables.cut(name, found["mean"]), least, most)
+    mean, low, high = (number(x, (*each, float(name in tables.BOUNDS))) for x in each)
+    if found.get("interval"):
+        return f"{mean} [{low}, {high}]"
+    return mean if found["n"] == 1 else f"{mean} ({low}{'–' if least >= 0 else ' to '}{high})"
 
 
 def told(pair: Tree) -> bool:
@@ -122,7 +137,7 @@ def difference(pair: Tree) -> str:
 
 def nats(x: float) -> str:
     """A KL to be read."""
-    text = f"{x:g}" if len(f"{x:g}") < 5 else number(x)
+    text = f"{x:g}" if len(f"{x:g}") < 5 else number(x, (1.0,))
     return f"{text} nat{'s' if text != '1' else ''}"
 
 
