@@ -100,6 +100,35 @@ def test_an_arm_whose_step_is_not_finite_is_reported_and_in_no_matrix(arms: Tree
     assert err.startswith("rlkl: every arm failed: wild,seed=0: ") and err.count("\n") == 1
 
 
+def test_an_arm_whose_step_raises_anything_is_reported_on_a_line_and_the_others_go_on(arms: Tree):
+    Path("broken.py").write_text(
+        "def score(prompts, completions):\n    raise ValueError('two\\nlines')\n\n\n"
+        "def leave(prompts, completions):\n    raise SystemExit(3)\n"
+    )
+    raising = {name: {"rewards.own": {"type": "function", "path": f"broken:{name}"}} for name in ("score", "leave")}
+    arms["arms"] = {
+        "overflow": {"optimiser.learning_rate": 1e38}, **raising, "reinforce": {}, "faster": arms["arms"]["faster"]
+    }  # fmt: skip
+    arms["seeds"] = [0]
+    Path("steps.yaml").write_text(json.dumps(arms))
+    code, out, err = said("steps.yaml")
+    assert (code, err) == (1, "rlkl: 3 of 5 steps failed; their arms are in no matrix\n")
+    told = dict(line.split(": FAILED: ") for line in out.splitlines() if "FAILED" in line)
+    files = {name: f"runs/steps/{name},seed=0/error.txt" for name in ("overflow", *raising)}
+    assert [name.removesuffix(",seed=0") for name in told] == list(files)
+    for name, what in (("overflow", "RuntimeError: value cannot be"), ("score", "two lines"), ("leave", "SystemExit")):
+        assert what in told[f"{name},seed=0"]
+        assert told[f"{name},seed=0"].endswith(f"(traceback in {files[name]})")
+        assert Path(files[name]).read_text().startswith("Traceback")
+    assert "broken.py" in Path(files["score"]).read_text()
+    found = json.loads(Path("runs/steps/replay.json").read_text())
+    assert (list(found["arms"]), found["failed"]) == (["reinforce", "faster"], told)
+    arms["arms"] = {name: arms["arms"][name] for name in ("reinforce", "faster")}
+    Path("steps.yaml").write_text(json.dumps(arms))
+    assert said("steps.yaml")[0] == 0
+    assert not list(Path("runs/steps").glob("score*"))  # of the other time
+
+
 def test_the_plan_of_a_replay_costs_a_batch_a_seed_and_a_step_an_arm(arms: Tree):
     made = plan.make(arms | {"arms": {name: arms["arms"][name] for name in ("reinforce", "ppo")}})
     first = made.runs[0]

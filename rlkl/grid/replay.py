@@ -4,7 +4,9 @@ What is compared is the direction of its gradient, what its optimiser made of it
 prompts. Samples are drawn from the base model once a seed, recorded, and replayed to every arm.
 """
 
+import contextlib
 import json
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rlkl import RunError, launch, lessons, loop, settings
+from rlkl import RunError, faults, launch, lessons, loop, settings
 from rlkl.config import Config
 from rlkl.data import files
 from rlkl.evaluate import Evaluation
@@ -81,23 +83,37 @@ def run(made: Plan) -> dict[str, Any]:
     steps: dict[str, dict[int, Step]] = {arm: {} for arm in made.arms}
     truth: dict[int, Tensor] = {}
     failed: dict[str, str] = {}
+    for old in made.folder.glob("*,seed=*/error.txt"):  # of another time
+        old.unlink()
+        with contextlib.suppress(OSError):
+            old.parent.rmdir()
     for seed in made.config.seeds:
         mine = [one for one in made.runs if one.config.seed == seed]
         samples = record(made, mine[0])
         for one in mine:
             print(f"{one.config.name}: one step", flush=True)
-            lane, accelerator = ready(one.config, samples)
-            if one is mine[0] and (tokens := enumerable(one.config)):
-                places = lane.train_prompts.places(1, lane.config.rollout.prompts)
-                truth[seed] = listed.exact_gradient(lane, made.gold, places, tokens)
             try:
+                lane, accelerator = ready(one.config, samples)
+                if one is mine[0] and (tokens := enumerable(one.config)):
+                    places = lane.train_prompts.places(1, lane.config.rollout.prompts)
+                    truth[seed] = listed.exact_gradient(lane, made.gold, places, tokens)
                 steps[one.arm][seed] = finite(take(lane, made.gold, accelerator))
-            except RunError as error:
-                failed[one.config.name] = str(error)
+            except (Exception, SystemExit) as error:  # whatever torch or a reward raises; the other arms go on
+                failed[one.config.name] = why(one, error)
     whole = {arm: mine for arm, mine in steps.items() if len(mine) == len(made.config.seeds)}
     if not whole:
         raise RunError(f"every arm failed: {'; '.join(f'{name}: {error}' for name, error in failed.items())}")
     return {**summary(made, whole, truth), "failed": failed}
+
+
+def why(run: Run, error: BaseException) -> str:
+    """What ended an arm's step, on one line; with the place of its traceback, unless it was found here."""
+    said = " ".join(faults.told(error, run.config).split())
+    if isinstance(error, RunError) and error.__cause__ is None:
+        return said
+    with contextlib.suppress(OSError):
+        run.folder.mkdir(exist_ok=True)
+    return said + (faults.write_error(run.folder, "".join(traceback.format_exception(error))) or "")
 
 
 def finite(step: Step) -> Step:
