@@ -268,6 +268,39 @@ def test_the_markdown_says_what_its_intervals_are(made):
     assert all(line.count("|") in (0, *range(3, 12)) for line in text.splitlines())
 
 
+def test_the_markdown_says_why_runs_are_missing_what_ended_them_what_differs_and_how_arms_were_tuned(made):
+    for run in made.runs:
+        write(run)
+    summary, _ = read(made)
+    heads = ("Runs without a result", "Budgets", "Differences that nobody stated", "Runs spent on choosing settings")
+    assert not any(f"## {head}" in tables.markdown(summary) for head in heads)
+    summary["runs"]["ppo,seed=2"]["error"] = "step 2: the gradient\nnorm is nan"
+    summary["runs"]["ppo,seed=1"]["ended"] = summary["runs"]["ppo,seed=3"]["ended"] = "labels"
+    summary |= {"budgets": {"labels": 2560}, "tuning": {"reinforce": None, "ppo": 7}}
+    summary |= {"flags": [{"key": "credit.gamma", "values": {"reinforce": 1.0, "ppo": 0.9}}]}
+    notes = tables.markdown(summary).split(f"## {heads[0]}")[1]
+    assert [line for line in notes.splitlines() if line] == [
+        "- ppo,seed=2: step 2: the gradient norm is nan",
+        "## Budgets",
+        "- every run has at most 2,560 labels",
+        "- ppo: 2 of 4 runs ended by the budget of labels",
+        "## Differences that nobody stated",
+        "- arms differ in credit.gamma: 1.0 (reinforce), 0.9 (ppo); if that is what you compare, list it under "
+        "compared, else make it equal",
+        "## Runs spent on choosing settings",
+        "- reinforce: not said",
+        "- ppo: 7",
+    ]
+
+
+def test_the_markdown_counts_runs_that_never_get_to_the_matched_kl(made):
+    made = plan.Plan(made.config.model_copy(update={"match_kl": 2.0}), made.gold, made.runs)
+    for run in made.runs:
+        write(run, until=1.5 if run.config.name == "ppo,seed=1" else 4.0)
+    summary, _ = read(made)
+    assert "## Runs without a result\n\n- ppo: 3 of 4 finished runs get to 2 nats\n" in tables.markdown(summary)
+
+
 def test_a_range_below_0_is_no_row_of_dashes():
     few = {"mean": -0.2, "min": -0.3, "max": -0.1, "interval": None}
     assert tables.estimate(few) == "-0.200 (-0.300 to -0.100)"

@@ -3,11 +3,13 @@
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
+from rlkl.grid import fair
 from rlkl.grid.plan import Plan, metric
 from rlkl.grid.results import COLLAPSE, COUNTS, Result
 
@@ -96,7 +98,42 @@ def markdown(summary: Tree) -> str:
         parts += [f"## Pairs, {gold} {place['said']}", _pairs(place["pairs"])]
         for one in place["factors"]:
             parts += [f"## By {one['factor']}, the rest being equal, {gold} {place['said']}", _effects(one["pairs"])]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts + _notes(summary)) + "\n"
+
+
+def _notes(summary: Tree) -> list[str]:
+    """What the tables cannot say, as lists: runs without a result, what ended others, flags, tuning runs."""
+    runs, arms, match = summary["runs"], summary["arms"], summary["match_kl"]
+    caps = summary.get("budgets") or {}
+    ended = Counter((run["arm"], run["ended"]) for run in runs.values() if run.get("ended"))
+    tuning = summary.get("tuning") or {}
+    said = any(n is not None for n in tuning.values())
+    notes = {
+        "Runs without a result": [
+            *(f"{name}: {' '.join(run['error'].split())}" for name, run in runs.items() if run["error"]),
+            *(
+                f"{arm}: {row['counted']} of {row['finished']} finished runs get to {match:g} nats"
+                for arm, row in arms.items()
+                if row["counted"] < row["finished"]
+            ),
+        ],
+        "Budgets": [
+            *(f"every run has at most {cap:,g} {key}" for key, cap in caps.items()),
+            *(
+                f"{arm}: {n} of {arms[arm]['runs']} runs ended by the budget of {cap}"
+                for (arm, cap), n in ended.items()
+            ),
+        ],
+        "Differences that nobody stated": [
+            fair.told(flag).removeprefix("warning: ") for flag in summary.get("flags") or ()
+        ],
+        "Runs spent on choosing settings": [
+            f"{arm}: {'not said' if n is None else n}" for arm, n in tuning.items() if said
+        ],
+    }
+    return [
+        part for head, lines in notes.items() if lines for part in (f"## {head}", "\n".join(f"- {x}" for x in lines))
+    ]
 
 
 def comma_separated(summary: Tree) -> str:
