@@ -14,6 +14,8 @@ from rlkl.statistics.intervals import LEVEL, Method, Of
 
 BASELINE = Path(__file__).parent / "baselines" / "coverage.json"
 TRUTHS = (0.5, 0.75, 0.95)
+CELLS = (1, 4)
+"""Combinations of the other factors over which a factor's difference is averaged."""
 Tree = dict[str, Any]
 
 
@@ -40,6 +42,13 @@ def measure(trials: int, seeds: Sequence[int] = coverage.SEEDS) -> Tree:
             }
     result["difference, welch"] = {
         law: {n: coverage.coverage_of_difference(n, law, trials) for n in seeds} for law in coverage.LAWS
+    }
+    result["difference, paired t"] = {
+        law if cells == 1 else f"{law}, {cells} combinations": {
+            n: coverage.coverage_of_paired(n, law, cells, trials) for n in seeds
+        }
+        for cells in CELLS
+        for law in coverage.LAWS
     }
     for name, bootstrap in (("newcombe", False), ("percentile", True)):
         result[f"improvement, {name}"] = {

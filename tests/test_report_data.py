@@ -297,6 +297,12 @@ def test_the_iqm_and_every_kind_of_interval_stand_in_the_table(tmp_path):
         "difference of two armsWelch96.6 %, at worst 96.6 % probability of improvementNewcombeat worst 90.3 %" in text
     )
     assert "KL is in nats a sequence: exact at every token, averaged over samples" in text
+    assert "difference of a factor's values" not in text
+    uneven = compared(
+        tmp_path / "grid", TWO, [0, 1, 2], lambda arm, seed, kl: 0.3 + 0.01 * seed * len(arm) * kl, **GRID
+    )
+    text = said([uneven], tmp_path / "page.html")
+    assert "difference of a factor's valuesStudent's t over seeds95.5 %, at worst 95.5 %" in text
 
 
 def test_an_unreachable_kl_is_named_and_leaves_the_rest(tmp_path):

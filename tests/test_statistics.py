@@ -90,6 +90,22 @@ def test_coverage_is_what_theory_says():
         coverage.coverage("t", 3, "lucky")
 
 
+@pytest.mark.parametrize(("law", "cells"), [("normal", 1), ("collapse", 4)])
+def test_the_interval_that_is_simulated_of_a_factor_is_the_one_that_is_stated(law, cells):
+    """By the same draws, one set of seeds after the other."""
+    import numpy as np
+
+    (drawn,) = coverage._pieces(coverage.LAWS[law], (200, 2 * cells * 3), 0)
+    stated = []
+    for one, other in drawn.reshape(200, 2, cells, 3):
+        found = pairwise.paired([float(x) for x in (other - one).mean(0)]).interval
+        stated.append(found is not None and found.low <= 0 <= found.high)
+    assert coverage.coverage_of_paired(3, law, cells, trials=200) == np.mean(stated)
+    name = law if cells == 1 else f"{law}, {cells} combinations"
+    assert coverage.coverage_of_paired(3, law, cells) == coverage.MEASURED["difference, paired t"][name][3]
+    assert coverage.coverage_of_paired(3, "normal", cells) == pytest.approx(0.95, abs=0.012)
+
+
 def test_the_laws_are_what_they_say():
     """Mean and interquartile mean of each, by the midpoints of many quantiles."""
     import numpy as np

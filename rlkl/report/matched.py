@@ -75,16 +75,15 @@ def held(data: Data) -> list[Held]:
     pairs = [pair for place in places for pair in place["pairs"]]
     differences = sorted({min(pair["n"]) for pair in pairs if pair["interval"]})
     wins = sorted({min(pair["n"]) for pair in pairs if pair["improvement_interval"] and min(pair["n"]) >= 3})
-    effects = [x for place in places for factor in place["factors"] for x in factor["pairs"] if x["interval"]]
+    factors = [x for place in places for factor in place["factors"] for x in factor["pairs"]]
+    effects = sorted({x["n"] for x in factors if x["interval"]})
     found = [
         Held("mean", "Student's t", _shares("mean, t", cells)),
         Held("IQM", "Student's t of the jackknife", _shares("iqm, t", cells)),
         Held("difference of two arms", "Welch", _shares("difference, welch", differences)),
         Held("probability of improvement", "Newcombe", _shares("improvement, newcombe", wins)),
+        Held("difference of a factor's values", "Student's t over seeds", _shares("difference, paired t", effects)),
     ]
-    if effects:
-        none = dict.fromkeys(sorted({x["n"] for x in effects}), "not simulated")
-        found.append(Held("difference of a factor's values", "Student's t over seeds", none))
     if any(pair["prompts"] and pair["prompts"]["interval"] for pair in pairs):
         found.append(Held("difference over prompts", "paired BCa bootstrap", dict.fromkeys(cells, "not simulated")))
     return [one for one in found if one.shares]
