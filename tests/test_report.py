@@ -13,7 +13,7 @@ import yaml
 from reports import BASE, HOSTILE, TWO, alike, compared, rewrite, steady, write
 
 from rlkl.cli import main
-from rlkl.report import svg
+from rlkl.report import build, svg
 from rlkl.report.build import report
 from rlkl.report.load import load
 from rlkl.report.shown import shown
@@ -216,6 +216,11 @@ def test_the_command_writes_the_page_and_refuses_what_is_no_run(folder, tmp_path
     ):
         assert main(["report", *wrong]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_names_break_behind_their_marks_and_not_inside_a_number():
+    assert build._breakable("token_a,beta=0.001,<x>") == "token_<wbr>a,<wbr>beta=<wbr>0.001,<wbr>&lt;x&gt;"
+    assert build._breakable("train.budget/x") == "train.<wbr>budget/<wbr>x"
 
 
 def test_a_file_that_is_no_page_is_never_replaced(folder, tmp_path, capsys):

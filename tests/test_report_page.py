@@ -201,6 +201,23 @@ def test_a_token_of_a_tenth_of_a_nat_is_seen_beside_an_arm_that_has_collapsed(tm
     assert scale.split("\n")[0] == "≤ −1" and "≥ 1" in scale and "on a √ scale" in scale
 
 
+def test_a_word_of_several_tokens_stays_on_one_line(tmp_path):
+    folder = compared(tmp_path, ARMS, [0], lambda arm, seed, kl: 0.3)
+    for path in folder.glob("*/samples.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            row["tokens"] = {"text": ["a", *["  Bogot", "", "á"] * 9], "kl": [0.1] * 28}
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tops = """const cell = document.querySelector('.prompt:not([hidden]) .tokens'), spans = [...cell.children].slice(1);
+      cell.style.width = arguments[0] + 'px';
+      const line = (e, k) => Math.round([...e.getClientRects()].at(k).bottom / 8);
+      return spans.filter((e, k) => k % 3 < 2 && line(e, -1) !== line(spans[k + 1], 0)).length"""
+    with opened(report([folder], tmp_path / "page.html")) as page:
+        parts = page.execute_script("return document.querySelector('.part').getBoundingClientRect().toJSON()")
+        assert [page.execute_script(tops, width) for width in range(90, 300, 7)] == [0] * 30
+    assert parts["width"] > 2 and parts["height"] > 10
+
+
 def test_one_seed_is_shown_at_a_time(page):
     shown = "return [...document.querySelectorAll('.prompt')].filter((e) => !e.hidden).map((e) => e.dataset.seed)"
     assert page.execute_script(shown) == ["0", "0"]

@@ -140,8 +140,8 @@ def _iqm(found: Mapping[str, Any]) -> str:
 
 
 def _breakable(name: str) -> Markup:
-    """A name that a narrow column may break behind its marks."""
-    return Markup(re.sub(r"([_,./=])", r"\1<wbr>", str(escape(name))))
+    """A name that a narrow column may break behind its marks, but not inside a number."""
+    return Markup(re.sub(r"([_,/=]|\.(?!\d))", r"\1<wbr>", str(escape(name))))
 
 
 def _json(value: Any) -> Markup:
