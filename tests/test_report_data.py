@@ -270,6 +270,10 @@ def test_bands_are_cut_at_what_a_quantity_can_be(tmp_path, monkeypatch):
     assert [low for low, _ in bands["kl"]] == [0.0, 0.0] and all(high > 10 for _, high in bands["kl"])
     assert bands["policy/eval/self_bleu"] == [(0.0, 1.0), (0.0, 1.0)]
     assert [len(each) for each in bands.values()] == [2, 2, 2]
+    zero, one, four = seen[0].transData.transform([(0, 0), (0, 1), (0, 4)])[:, 1]
+    assert four - zero == pytest.approx(2 * (one - zero))  # of KL, on a root scale
+    zero, half, whole = seen[2].transData.transform([(0, 0), (0, 0.5), (0, 1)])[:, 1]
+    assert whole - zero == pytest.approx(2 * (half - zero))
 
 
 def test_panels_are_made_only_where_they_help():

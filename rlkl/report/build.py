@@ -166,7 +166,7 @@ def _curves(data: Data, styles: dict[str, svg.Style]) -> list[list[Figure]]:
     gold = figures.called(data)
     wanted = [
         ("step", "step", "gold", gold, "gold by step"),
-        ("step", "step", "kl", "KL, nats a sequence", "KL by step"),
+        ("step", "step", "kl", "KL, nats a sequence (√ scale)", "KL by step"),
     ]
     wanted.append(("labels", "labels of training", "gold", gold, "gold by labels"))
     wanted.append(("tokens", "training tokens sampled", "gold", gold, "gold by tokens"))

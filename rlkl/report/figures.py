@@ -26,6 +26,7 @@ MOST_POINTS, LEAST_POINTS, OF_A_FIGURE = 200, 40, 3000
 MOST_MARKS = 12
 """Points of a line of a panel of over-optimisation that have a mark; it has five times as many."""
 KL_LABEL = "KL to the reference, nats a sequence (√ scale)"
+ROOT = (lambda x: np.clip(x, 0, None) ** 0.5, lambda x: np.asarray(x) ** 2)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def frontier(data: Data, styles: Mapping[str, Style], what: str, label: str) -> 
         match = data.summary.get("match_kl")
         if match and match <= most:
             axis.axvline(match, color=SOFT, linestyle="--", linewidth=1)
-        axis.set_xscale("function", functions=(lambda x: np.clip(x, 0, None) ** 0.5, lambda x: np.asarray(x) ** 2))
+        axis.set_xscale("function", functions=ROOT)
         axis.set_xlim(0, most * 1.05)
         axis.set_xticks(square_ticks(most))
         axis.xaxis.set_major_formatter("{x:g}")
@@ -97,6 +98,10 @@ def curve(
                 middle = np.mean([xs for xs, _ in lines], axis=0)
                 _mean(axis, middle, [ys for _, ys in lines], styles[arm], len(mine) <= facets.MOST, _most(runs), key)
             said.append(f"{_counted(data, arm)} {_from_to(lines)}")
+        if key == "kl":  # as elsewhere; a run that goes far flattens no other
+            axis.set_yscale("function", functions=ROOT)
+            axis.set_yticks(square_ticks(max([1e-9, *(y for lines in runs.values() for _, ys in lines for y in ys)])))
+            axis.set_ylim(bottom=0)
         axis.set(xlabel=x[1], ylabel=label)
         axis.set_xlim(0, most * 1.05)
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
