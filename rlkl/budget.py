@@ -31,7 +31,7 @@ def told(lane: Lane, bound: str | None) -> Iterator[str]:
     """What the terminal says where a cap ends a run."""
     if bound is not None:
         cap = getattr(lane.config.train.budget, bound)
-        yield f"ended after step {lane.step} of {lane.config.train.steps}: train.budget.{bound}={cap:g}"
+        yield f"ended after step {lane.step} of {lane.config.train.steps}: train.budget.{bound}={cap:.12g}"
 
 
 def together(seconds: float, device: torch.device) -> float:

@@ -1,6 +1,7 @@
 """The native format: what is written is read back, and what is wrong is said with line, field and remedy."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         files.write(tmp_path / "nowhere" / "out.jsonl", "new")
     with pytest.raises(ValueError, match=r"exists; name another file$"):
         files.write(tmp_path, "new", overwrite=True)
+    with files.whole(path) as part:
+        assert str(os.getpid()) in part.name  # no two processes write the same part
+        part.write_text("whole")
+    assert (path.read_text(), len(list(tmp_path.iterdir()))) == ("whole", 1)

@@ -35,10 +35,15 @@ def test_a_bundle_is_an_axis_of_several_keys(tree: Tree):
     assert {run.of for run in made.runs} == {"reinforce", "ppo"}
 
 
+def test_axes_and_bundles_come_after_the_arm(tree: Tree):
+    tree["arms"] = {"a": {"kl.beta": 0.1, "credit.gamma": 0.1, "train.steps": 1}}
+    bundles = {"b": {"x": {"credit.gamma": 0.2}}}
+    config = plan.make(tree | {"bundles": bundles, "axes": {"kl.beta": [0.3]}}).runs[0].config
+    assert (config.train.steps, config.credit.gamma, config.kl.beta) == (1, 0.2, 0.3)
+
+
 LOW, HIGH = {"kl.beta": 0.2}, {"kl": {"beta": 0.3}}
 CLASHES = [
-    ({"arms": {"a": LOW}, "axes": {"kl.beta": [0.2, 0.3]}}, "arms.a sets it, and axes.kl.beta changes it,"),
-    ({"arms": {"a": LOW}, "bundles": {"b": {"x": HIGH}}}, "arms.a sets it, and bundles.b changes it,"),
     ({"bundles": {"b": {"x": HIGH}}, "axes": {"kl.beta": [0.1]}}, "bundles.b sets it, and axes.kl.beta changes it,"),
     ({"bundles": {"b": {"x": LOW}, "c": {"y": HIGH}}}, "bundles.b sets it, and bundles.c changes it,"),
     ({"axes": {"kl": [{"beta": 1}], "kl.beta": [2]}}, "axes.kl sets it, and axes.kl.beta changes it,"),
@@ -47,8 +52,8 @@ CLASHES = [
         "axes.kl.beta sets it, and axes.kl changes it (by kl),",
     ),
     (
-        {"arms": {"a": {"trainer.entropy_coef": 0.1}}, "axes": {"trainer.type": ["ppo"]}},
-        "arms.a sets it, and axes.trainer.type changes it (by trainer.type),",
+        {"bundles": {"b": {"x": {"trainer.entropy_coef": 0.1}}}, "axes": {"trainer.type": ["ppo"]}},
+        "bundles.b sets it, and axes.trainer.type changes it (by trainer.type),",
     ),
 ]
 

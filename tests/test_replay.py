@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from conftest import Tree, write_jsonl
 from test_compare import SCORES, base, said, shows, table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlkl import exact, recording
+from rlkl import RunError, exact, recording
+from rlkl.config import Config
 from rlkl.grid import cost, listed, plan, replay
 from rlkl.report.load import load
 from rlkl.tasks import fix_model
@@ -136,7 +138,8 @@ def test_the_plan_of_a_replay_costs_a_batch_a_seed_and_a_step_an_arm(arms: Tree)
     assert first.config.train.steps > 1
     drawn = first.config.rollout.prompts * 4 * first.config.rollout.max_new_tokens
     assert cost.recorded(made) == 2 * drawn
-    lane, accelerator = replay.ready(first.config, replay.record(made, first))
+    samples = made.folder / replay.record(made, first).config.name
+    lane, accelerator = replay.ready(first.config, samples)
     replay.take(lane, made.gold, accelerator)
     assert planned == {"steps": 1, "tokens": 0, "queries": lane.queries, "labels": lane.labels}
     _, told = cost.table(made, [], 1)
@@ -220,14 +223,24 @@ def test_reinforce_with_k1_in_the_reward_goes_where_the_exact_gradient_goes(arms
         "train": {"steps": 2, "micro_batch": 500},
     }
     local = {"kl": {"placement": "reward", "estimator": "k1", "window": "own"}}
-    tree = {"base": run, "arms": {"k1": {}, "unpenalised": {"kl.beta": 0.0}, "own": local}, "seeds": [0]}
+    bad = {"bad": {"optimiser.learning_rate": 0.5}}
+    tree = {"base": run, "arms": bad | {"k1": {}, "unpenalised": {"kl.beta": 0.0}, "own": local}, "seeds": [0]}
     made = plan.make(arms | tree)
+    whole = replay.ready
+
+    def ready(config: Config, samples: Path) -> Any:
+        if config.name.startswith("bad"):
+            raise RunError("it has no labels")
+        return whole(config, samples)
+
+    monkeypatch.setattr(replay, "ready", ready)
     found = replay.run(made)
+    assert found["failed"] == {"bad,seed=0": "it has no labels"}  # the first; the truth is nobody's step
     cosines = {arm: row["exact"] for arm, row in found["arms"].items()}
     assert cosines["k1"] > 0.99
     assert cosines["unpenalised"] < 0.9
     assert cosines["own"] < cosines["k1"]
-    lane, _ = replay.ready(made.runs[0].config, made.folder / "samples,seed=0")
+    lane, _ = replay.ready(made.runs[1].config, made.folder / "samples,seed=0")
     places = lane.train_prompts.places(1, 2)
     truth = listed.exact_gradient(lane, "even", places, 14)
     rows = [listed.atoms(lane, place, 14, held_out=False) for place in places]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -237,6 +238,13 @@ def test_a_file_that_is_no_page_is_never_replaced(folder, tmp_path, capsys):
         old.write_text(text)
         assert main(["report", str(folder), "-o", str(old)]) == 0
         assert old.read_text(encoding="utf-8").startswith("<!doctype html>")
+    os.mkfifo(pipe := tmp_path / "pipe")
+    assert main(["report", str(folder), "-o", str(pipe)]) == 2
+    assert pipe.is_fifo() and "is there and is no page" in capsys.readouterr().err
+    (link := tmp_path / "link.html").symlink_to(old)
+    old.write_text("")
+    assert main(["report", str(folder), "-o", str(link)]) == 0
+    assert link.is_symlink() and old.read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
 def test_a_figure_is_valid_xml_whose_colours_are_the_page_s():

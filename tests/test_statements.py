@@ -276,13 +276,14 @@ def test_the_markdown_says_why_runs_are_missing_what_ended_them_what_differs_and
     assert not any(f"## {head}" in tables.markdown(summary) for head in heads)
     summary["runs"]["ppo,seed=2"]["error"] = "step 2: the gradient\nnorm is nan"
     summary["runs"]["ppo,seed=1"]["ended"] = summary["runs"]["ppo,seed=3"]["ended"] = "labels"
-    summary |= {"budgets": {"labels": 2560}, "tuning": {"reinforce": None, "ppo": 7}}
+    summary |= {"budgets": {"labels": 2560, "tokens": 1234567.0}, "tuning": {"reinforce": None, "ppo": 7}}
     summary |= {"flags": [{"key": "credit.gamma", "values": {"reinforce": 1.0, "ppo": 0.9}}]}
     notes = tables.markdown(summary).split(f"## {heads[0]}")[1]
     assert [line for line in notes.splitlines() if line] == [
         "- ppo,seed=2: step 2: the gradient norm is nan",
         "## Budgets",
         "- every run has at most 2,560 labels",
+        "- every run has at most 1,234,567 tokens",
         "- ppo: 2 of 4 runs ended by the budget of labels",
         "## Differences that nobody stated",
         "- arms differ in credit.gamma: 1.0 (reinforce), 0.9 (ppo); if that is what you compare, list it under "

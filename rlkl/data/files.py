@@ -120,7 +120,7 @@ def write(path: Path, content: str, overwrite: bool = False) -> None:
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A file to write instead of ``path``, whose place it takes once it is written."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may write the same
     try:
         yield part
         os.replace(part, path)

@@ -132,7 +132,7 @@ def exact_gradient(lane: Lane, gold: str, places: Sequence[int], tokens: int) ->
     total = torch.zeros(sum(p.numel() for p in parameters.values()), dtype=torch.float64)
     for place in places:
         rows = atoms(lane, place, tokens, held_out=False).to(lane.device)
-        gold_N = lane.reward(rows).shares[gold].double().sum(-1)
+        gold_N = lane.reward.share(gold, rows).double().sum(-1)
         for i in chunks(len(rows), ROWS):
             part = rows.rows(i)
             out = lane.policy(part, {"logp", "ref_logp"})

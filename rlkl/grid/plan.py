@@ -170,10 +170,11 @@ def _run(config: CompareConfig, cell: Cell, seed: int) -> Run:
 
 
 def _apply(tree: DictConfig, cell: Cell) -> None:
-    """Make the changes of a combination, each of which has to hold at the end: its name says so.
+    """Make the changes of a combination: of the arm first, and then those of bundles and axes, whose values its name
+    says, so that they have to hold at the end.
 
     Raises:
-        ValueError: arm, bundle or axis changes what another of them has set, itself, by its section or by a type.
+        ValueError: a bundle or axis changes what another of them has set, itself, by its section or by a type.
     """
     held: dict[str, str] = {}
     before, nothing = _leaves(tree), object()
@@ -187,7 +188,8 @@ def _apply(tree: DictConfig, cell: Cell) -> None:
                     f"{leaf}: {first} sets it, and {who} changes it{by}, so the name of the run would be untrue; "
                     "drop one, or exclude the combination"
                 )
-        held |= {leaf: who for leaf, x in settings.flat({key: value}) if x != {}}
+        if not who.startswith("arms."):
+            held |= {leaf: who for leaf, x in settings.flat({key: value}) if x != {}}
         before = after
 
 

@@ -89,14 +89,15 @@ def run(made: Plan) -> dict[str, Any]:
             old.parent.rmdir()
     for seed in made.config.seeds:
         mine = [one for one in made.runs if one.config.seed == seed]
-        samples = record(made, mine[0])
+        drawn = record(made, mine[0])
+        samples = made.folder / drawn.config.name
+        if tokens := enumerable(drawn.config):
+            places = drawn.train_prompts.places(1, drawn.config.rollout.prompts)
+            truth[seed] = listed.exact_gradient(drawn, made.gold, places, tokens)
         for one in mine:
             print(f"{one.config.name}: one step", flush=True)
             try:
                 lane, accelerator = ready(one.config, samples)
-                if one is mine[0] and (tokens := enumerable(one.config)):
-                    places = lane.train_prompts.places(1, lane.config.rollout.prompts)
-                    truth[seed] = listed.exact_gradient(lane, made.gold, places, tokens)
                 steps[one.arm][seed] = finite(take(lane, made.gold, accelerator))
             except (Exception, SystemExit) as error:  # whatever torch or a reward raises; the other arms go on
                 failed[one.config.name] = why(one, error)
@@ -129,13 +130,13 @@ def finite(step: Step) -> Step:
     return step
 
 
-def record(made: Plan, run: Run) -> Path:
-    """Draw and record the samples of a seed's step from the base model; the folder of the recording."""
+def record(made: Plan, run: Run) -> Lane:
+    """Draw and record the samples of a seed's step from the base model; what drew them, in its folder."""
     name = f"samples,seed={run.config.seed}"
     lane = build(changed(run.config, {"name": name, "rollout.record": True}))
     lane.place(launch.accelerator(lane.config))
     collect(lane, 1)
-    return made.folder / name
+    return lane
 
 
 def ready(config: Config, samples: Path) -> tuple[Lane, Accelerator]:

@@ -118,7 +118,7 @@ def _notes(summary: Tree) -> list[str]:
             ),
         ],
         "Budgets": [
-            *(f"every run has at most {cap:,g} {key}" for key, cap in caps.items()),
+            *(f"every run has at most {cap:,.12g} {key}" for key, cap in caps.items()),
             *(
                 f"{arm}: {n} of {arms[arm]['runs']} runs ended by the budget of {cap}"
                 for (arm, cap), n in ended.items()

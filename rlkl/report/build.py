@@ -44,11 +44,12 @@ def report(folders: Sequence[str | Path], output: str | Path, gold: str | None =
     path = Path(output)
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; name a file, such as {path / 'report.html'}")
-    if path.is_file() and not _is_page(path):
+    if path.exists() and not (path.is_file() and _is_page(path)):
         raise ValueError(
             f"{path}: is there and is no page; name another output, such as {path.with_name('report.html')}"
         )
-    files.write(path, page(load(folders, gold), [str(folder) for folder in folders], gold), overwrite=True)
+    text = page(load(folders, gold), [str(folder) for folder in folders], gold)
+    files.write(path.resolve(), text, overwrite=True)  # where a link leads to
     return path
 
 
