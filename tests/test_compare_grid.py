@@ -305,4 +305,8 @@ def test_the_cap_that_ended_a_run_is_read_from_its_last_row(tree: Tree):
     rows(made.runs[0], 2, 1.0, **{"budget/ended/tokens": 1.0})
     ended = {run.config.name: cost.bound(run.folder) for run in made.runs}
     assert ended == {"reinforce,seed=0": "tokens", "ppo,seed=0": None}
-    assert cost.endings(made, ended) == ["reinforce: 1 of 1 runs ended by the budget of tokens"]
+    summary = {
+        "arms": {arm: {"runs": len(runs)} for arm, runs in made.arms.items()},
+        "runs": {run.config.name: {"arm": run.arm, "ended": ended[run.config.name]} for run in made.runs},
+    }
+    assert cost.endings(summary) == ["reinforce: 1 of 1 runs ended by the budget of tokens"]

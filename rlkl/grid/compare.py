@@ -200,7 +200,7 @@ def conclude(made: Plan, errors: Mapping[str, str]) -> dict[str, str]:
     screen = console()
     screen.print(tables.terminal(made, summary, timing), markup=False)
     failed = {name: r.error for name, r in found.items() if r.error is not None}
-    said = [*(listed.tell(exact) if exact else ()), *cost.endings(made, ended), *tables.never(made, found)]
+    said = [*(listed.tell(exact) if exact else ()), *cost.endings(summary), *tables.never(made, found)]
     said += [f"{name}: FAILED: {error}" for name, error in failed.items()]
     curves = {arm: [r.frontier for r in found.values() if r.arm == arm and r.error is None] for arm in made.arms}
     points = {arm: runs for arm, runs in curves.items() if runs}

@@ -1,5 +1,6 @@
 """What a comparison may cost, as far as it can be told before, and which cap ended which run."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -44,16 +45,15 @@ def _capped(config: Config) -> Iterator[int]:
     a token a sample (it may end at once), every score and judgement that is asked each time. What learns on the way
     and stored records may have used up theirs.
     """
-    budget, samples = config.train.budget, 0 if config.offline else config.rollout.prompts * config.samples
-    asking = [s for s in config.rewards.values() if s.weight and not (s.type == "annotations" and s.labeller is None)]
+    samples = config.rollout.prompts * config.samples
     uses = {
         "tokens": (0, samples, drawn(config)),
-        "queries": (0, samples * len(asking), asked(config)),
-        "labels": (taught(config)[0], samples * sum(s.judged for s in asking), judged(config)),
+        "queries": (0, asked(config), asked(config)),
+        "labels": (taught(config)[0], judged(config), judged(config)),
     }
     for name, (before, least, most) in uses.items():
-        cap = getattr(budget, name)
-        if cap is not None and least:
+        cap = getattr(config.train.budget, name)
+        if cap is not None and least and not config.offline:
             yield 1 + max(0, (cap - before - most) // least)
 
 
@@ -121,16 +121,11 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
         return []
 
 
-def endings(made: Plan, ended: Mapping[str, str | None]) -> list[str]:
-    """A line for each arm and cap that ended some of its runs."""
-    counts: dict[tuple[str, str], int] = {}
-    for run in made.runs:
-        if cap := ended[run.config.name]:
-            counts[run.arm, cap] = counts.get((run.arm, cap), 0) + 1
-    return [
-        f"{arm}: {count} of {len(made.arms[arm])} runs ended by the budget of {cap}"
-        for (arm, cap), count in counts.items()
-    ]
+def endings(summary: Mapping[str, Any]) -> list[str]:
+    """A line for each arm and cap that ended some of its runs, of what summary.json holds."""
+    ended = Counter((run["arm"], cap) for run in summary["runs"].values() if (cap := run.get("ended")))
+    arms = summary["arms"]
+    return [f"{arm}: {n} of {arms[arm]['runs']} runs ended by the budget of {cap}" for (arm, cap), n in ended.items()]
 
 
 def caps(made: Plan) -> dict[str, float]:

@@ -3,13 +3,12 @@
 import csv
 import io
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
-from rlkl.grid import fair
+from rlkl.grid import cost, fair
 from rlkl.grid.plan import Plan, metric
 from rlkl.grid.results import COLLAPSE, COUNTS, Result
 
@@ -105,7 +104,6 @@ def _notes(summary: Tree) -> list[str]:
     """What the tables cannot say, as lists: runs without a result, what ended others, flags, tuning runs."""
     runs, arms, match = summary["runs"], summary["arms"], summary["match_kl"]
     caps = summary.get("budgets") or {}
-    ended = Counter((run["arm"], run["ended"]) for run in runs.values() if run.get("ended"))
     tuning = summary.get("tuning") or {}
     said = any(n is not None for n in tuning.values())
     notes = {
@@ -119,10 +117,7 @@ def _notes(summary: Tree) -> list[str]:
         ],
         "Budgets": [
             *(f"every run has at most {cap:,.12g} {key}" for key, cap in caps.items()),
-            *(
-                f"{arm}: {n} of {arms[arm]['runs']} runs ended by the budget of {cap}"
-                for (arm, cap), n in ended.items()
-            ),
+            *cost.endings(summary),
         ],
         "Differences that nobody stated": [
             fair.told(flag).removeprefix("warning: ") for flag in summary.get("flags") or ()

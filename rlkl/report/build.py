@@ -117,7 +117,7 @@ def context(data: Data, folders: Sequence[str], gold: str | None = None) -> dict
         "fits": _fits(data),
         "collapse": _collapse(data, styles),
         "profile": figures.profile(data, styles),
-        "ended": cost.endings(data.plan, {name: run.get("ended") for name, run in data.summary["runs"].items()}),
+        "ended": cost.endings(data.summary),
         "shown": shown(data),
         "differs": plan.diff(data.plan) if len(data.arms) > 1 else {},
         "flags": [fair.told(flag).removeprefix("warning: ") for flag in fair.flags(data.plan)],
